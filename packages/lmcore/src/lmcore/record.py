@@ -1,0 +1,172 @@
+"""Files that appear whole or not at all, and the record of a run: config, environment, metrics, result."""
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lmcore.errors import UserError
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it: a killed run leaves the old file or the new."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all; NaN and infinity are refused, since JSON has neither."""
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False, default=_plain) + "\n")
+
+
+@contextlib.contextmanager
+def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a hidden folder beside `out` to fill; when the block ends without an error, it becomes `out` by one rename.
+
+    An existing `out` is an error unless `overwrite`, and is then exchanged atomically where the file system can (Linux). A killed run
+    leaves the old `out`, the new one or none, and its hidden folder is emptied and used again by the next run; a second process
+    that wants the same `out` at the same time gets a `UserError`.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: choose another --out or pass --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    hidden = out.parent / f".{out.name}.partial"
+    lock = _lock(hidden, out)
+    try:
+        for leftover in hidden.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield hidden
+        _flush_tree(hidden)
+        if out.exists() and _exchange(hidden, out):
+            shutil.rmtree(hidden)
+        else:
+            if out.exists():
+                shutil.rmtree(out)
+            os.rename(hidden, out)
+        flush_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+class Run:
+    """A run folder: `config.json`, `environment.json`, `metrics.jsonl` (one line per `log`) and `result.json` (by `finish`).
+
+    `config` is a frozen dataclass. A folder that holds another config is refused.
+    """
+
+    def __init__(self, out: Path, config: Any, *, seed: int):
+        self.out = out
+        described = json.loads(json.dumps({"seed": seed, **dataclasses.asdict(config)}, default=_plain))
+        known = out / "config.json"
+        if known.exists() and json.loads(known.read_text()) != described:
+            raise UserError(f"{known} was written by a run with other options: choose another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(known, described)
+        write_json(out / "environment.json", environment())
+
+    def log(self, **metrics: Any) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics, default=_plain) + "\n")
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write `result.json`: its presence says that the run is complete."""
+        write_json(self.out / "result.json", result)
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions: what a reader needs beside a measurement. Nothing of it names the machine or its paths."""
+    versions = {}
+    for name in ("torch", "transformers", "numpy", "numba", "triton", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30),
+        "gpu": gpu,
+        "versions": versions,
+    }
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(hidden: Path, out: Path) -> int:
+    hidden.mkdir(exist_ok=True)
+    descriptor = os.open(hidden, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another process is writing {out}: wait for it or choose another --out") from None
+    return descriptor
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush_folder(path)  # fsync takes files and folders alike
+    flush_folder(folder)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step with renameat2(RENAME_EXCHANGE); False where the system has no such call."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    at_working_folder, exchange = -100, 2
+    if renameat2(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), exchange) == 0:
+        return True
+    if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: paths become text, arrays and scalars of numpy and torch become numbers."""
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
