@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
     0: done. 2: the arguments or the input cannot be used (`UserError`, one line on stderr). 130: interrupted; the same
     command resumes or starts again. Any other exception is a bug and shows its traceback.
     """
-    subcommands = {_verb(command): command for command in commands}
+    subcommands: dict[str, Callable[..., Command]] = {_verb(command): command for command in commands}
     chosen: Command = tyro.extras.subcommand_cli_from_dict(
         subcommands,
         prog=program,

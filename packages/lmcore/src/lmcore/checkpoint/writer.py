@@ -1,0 +1,119 @@
+"""Write a checkpoint range by range, in any order."""
+
+import errno
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmcore.checkpoint.reader import Checkpoint, TensorInfo
+from lmcore.errors import UserError
+
+
+class CheckpointWriter:
+    """Preallocates the shards of a checkpoint in `folder` and fills them; leaving the `with` block seals it.
+
+    `shards` maps file names to the tensors in them (name, dtype and shape count; `file` and `start` are assigned here). Threads may
+    write at once. The headers are written last, by `seal`: until then every shard starts with eight zero bytes, which no reader takes
+    for a safetensors file, so a killed run cannot be loaded as complete. Fill it inside `lmcore.record.published`, which renames:
+
+        with published(out, overwrite=overwrite) as folder, CheckpointWriter(folder, shards_like(late)) as writer:
+            writer.write(name, 0, data)
+
+    A single shard is `model.safetensors` (or the name it is given); several come with an index file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: Mapping[str, Sequence[TensorInfo]],
+        *,
+        metadata: Mapping[str, dict[str, str] | None] | None = None,
+        index_metadata: Mapping[str, Any] | None = None,
+    ):
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self._index_metadata = index_metadata
+        self._headers: dict[str, bytes] = {}
+        self._descriptors: dict[Path, int] = {}
+        try:
+            for name, tensors in shards.items():
+                self._allocate(folder / name, tensors, (metadata or {}).get(name, {"format": "pt"}))
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, start: int, data: np.ndarray) -> None:
+        """Write the bytes of `data` (any dtype, C order) at byte `start` of a tensor."""
+        tensor = self.tensors[name]
+        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        if start < 0 or start + len(view) > tensor.nbytes:
+            raise ValueError(f"bytes [{start}, {start + len(view)}) of {name}, which has {tensor.nbytes} bytes")
+        position = tensor.start + start
+        while view:
+            written = os.pwrite(self._descriptors[tensor.file], view, position)
+            view, position = view[written:], position + written
+
+    def seal(self) -> None:
+        """Write the headers and the index: from here on the checkpoint is complete."""
+        for path, descriptor in self._descriptors.items():
+            header = self._headers[path.name]
+            os.pwrite(descriptor, header[8:], 8)
+            os.pwrite(descriptor, header[:8], 0)
+        if len(self._headers) > 1 or self._index_metadata is not None:
+            total = sum(tensor.nbytes for tensor in self.tensors.values())
+            weight_map = {name: tensor.file.name for name, tensor in self.tensors.items()}
+            index = {"metadata": {**(self._index_metadata or {}), "total_size": total}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self.folder / "model.safetensors.index.json").write_text(text)
+
+    def close(self) -> None:
+        """Close the files; unsealed ones stay unreadable."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.seal()
+        finally:
+            self.close()
+
+    def _allocate(self, path: Path, tensors: Sequence[TensorInfo], metadata: dict[str, str] | None) -> None:
+        entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+        stop = 0
+        for tensor in tensors:
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [stop, stop + tensor.nbytes]}
+            stop += tensor.nbytes
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[path.name] = len(text).to_bytes(8, "little") + text
+        position = 8 + len(text)
+        for tensor in tensors:
+            if tensor.name in self.tensors:
+                raise ValueError(f"tensor {tensor.name} is to be written twice")
+            self.tensors[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, path, position)
+            position += tensor.nbytes
+        self._descriptors[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            os.posix_fallocate(self._descriptors[path], 0, position)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(f"{path.parent}: no room for {path.name}, which takes {position:,} bytes") from None
+            raise
+
+
+def shards_like(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, list[TensorInfo]]:
+    """The shards of a checkpoint, to write another like it; `dtype` replaces that of every floating-point tensor."""
+    shards: dict[str, list[TensorInfo]] = {name: [] for name in checkpoint.metadata}
+    for tensor in checkpoint.tensors.values():
+        floating = tensor.dtype in ("F64", "F32", "F16", "BF16")
+        kind = dtype if dtype and floating else tensor.dtype
+        shards[tensor.file.name].append(TensorInfo(tensor.name, kind, tensor.shape, tensor.file, 0))
+    return shards
