@@ -1,13 +1,15 @@
 """What every test of the workspace runs under: the Triton interpreter without a GPU, and shapes checked at each call."""
 
-import importlib.util
 import os
 import sys
 import tempfile
+import types
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
 
 # Only makes Triton selectable where there is no GPU; tests ask for it by name. Must be set before triton is imported.
 if not Path("/dev/nvidiactl").exists():
@@ -31,11 +33,11 @@ class _KernelsUntouched(PathFinder):
 
 
 _packages = [path.parent.name for path in ROOT.glob("packages/*/src/*/__init__.py")]
-if importlib.util.find_spec("jaxtyping"):
-    from jaxtyping import install_import_hook
-
-    install_import_hook(_packages, "beartype.beartype")
-    sys.meta_path.insert(0, _KernelsUntouched)
+_checker = types.ModuleType("_checker")
+_checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as type checkers hold
+sys.modules["_checker"] = _checker
+install_import_hook(_packages, "_checker.check")
+sys.meta_path.insert(0, _KernelsUntouched)
 
 
 @pytest.fixture(autouse=True)

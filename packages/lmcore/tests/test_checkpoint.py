@@ -30,7 +30,11 @@ def sharded(tmp_path) -> Path:
     folder = tmp_path / "sharded"
     model = tiny_llama(vocab_size=97, tie=True).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="40KB")
-    extra = {"steps": torch.arange(7), "empty": torch.zeros(0, 5, dtype=torch.bfloat16), LONG_NAME: torch.randn(3, 5).bfloat16()}
+    extra = {
+        "steps": torch.arange(7),
+        "empty": torch.zeros(0, 5, dtype=torch.bfloat16),
+        LONG_NAME: torch.randn(3, 5).bfloat16(),
+    }
     save_file(extra, folder / "model-extra.safetensors", metadata={"format": "pt", "note": "naïve é\n"})
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -88,7 +92,9 @@ def write_raw(path: Path, header: str, data: bytes) -> Path:
 
 
 def entry(start: int, stop: int, count: int | None = None) -> str:
-    return json.dumps({"dtype": "F32", "shape": [(stop - start) // 4 if count is None else count], "data_offsets": [start, stop]})
+    return json.dumps(
+        {"dtype": "F32", "shape": [(stop - start) // 4 if count is None else count], "data_offsets": [start, stop]}
+    )
 
 
 BROKEN = {

@@ -67,7 +67,8 @@ def test_rounding_at_the_edges_of_the_format(dtype):
 def test_all_16_bit_patterns_survive_decoding_and_encoding(dtype):
     bits = np.arange(2**16, dtype=np.uint16)
     expected = torch.from_numpy(bits).view(dtype).double().numpy()
-    decoded = numba.decode(bits, NAMES[dtype])
+    decoded = np.empty(len(bits))
+    numba.decode(bits, NAMES[dtype], decoded)
     assert np.array_equal(decoded, expected, equal_nan=True)
     assert np.array_equal(np.signbit(decoded), np.signbit(expected))
     out = np.empty_like(bits)

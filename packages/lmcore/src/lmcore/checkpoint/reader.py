@@ -127,7 +127,9 @@ class Checkpoint:
         import torch
 
         info = self.tensors[name]
-        return torch.from_numpy(self.read(name)).view(getattr(torch, _TORCH_NAMES[info.dtype])).reshape(info.shape)
+        tensor = torch.empty(info.shape, dtype=getattr(torch, _TORCH_NAMES[info.dtype]))
+        self.read(name, out=tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
 
     def close(self) -> None:
         """Close the files."""
@@ -179,7 +181,7 @@ def read_header(file: Path) -> tuple[dict[str, str] | None, list[TensorInfo]]:
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        entries = sorted(header.items(), key=lambda item: item[1].get("data_offsets", []))
     except _DuplicateNameError as error:
         raise UserError(f"{file}: tensor {error} is in the header twice") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,7 +7,7 @@ to bfloat16 rounds twice; here the bits of the double are rounded to nearest eve
 import numpy as np
 from numba import njit
 
-BLOCK = 16384  # weights: three float64 buffers of a block fit in a core's second-level cache
+BLOCK = 32768  # weights at a time: the float64 buffers of a block stay within a core's cache
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "F64": np.float64}
 """How the weights of each dtype that can be mixed lie in memory: 16-bit floats as their bits."""
 
@@ -20,37 +20,39 @@ def lerp(early, late, delta):
     raw = {2: torch.uint16, 4: torch.float32, 8: torch.float64}
     out = torch.empty_like(late)
     a, b, c = (tensor.detach().view(-1).view(raw[tensor.element_size()]).numpy() for tensor in (early, late, out))
+    wide_early, wide_late = np.empty(BLOCK), np.empty(BLOCK)
     for start in range(0, len(c), BLOCK):
         block = slice(start, start + BLOCK)
-        mixed = mix(decode(a[block], names[early.dtype]), decode(b[block], names[late.dtype]), delta)
-        encode(mixed, names[late.dtype], c[block])
+        count = len(c[block])
+        decode(a[block], names[early.dtype], wide_early[:count])
+        decode(b[block], names[late.dtype], wide_late[:count])
+        mix(wide_early[:count], wide_late[:count], delta, wide_early[:count])
+        encode(wide_early[:count], names[late.dtype], c[block])
     return out
 
 
-def decode(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """Weights of a checkpoint dtype as float64, exactly."""
-    if dtype == "F64":
-        return bits
-    out = np.empty(len(bits), np.float64)
-    {"BF16": _decode_bf16, "F16": _decode_f16, "F32": _decode_f32}[dtype](bits, out)
-    return out
+def decode(bits: np.ndarray, dtype: str, out: np.ndarray) -> None:
+    """Weights of a checkpoint dtype (see BITS) as float64, exactly."""
+    {"BF16": _decode_bf16, "F16": _decode_f16, "F32": _widen, "F64": _widen}[dtype](bits, out)
 
 
-def mix(early: np.ndarray, late: np.ndarray, delta: float) -> np.ndarray:
-    """`late + delta * (early - late)` in float64."""
-    out = np.empty_like(late)
-    _mix(early, late, delta, out)
-    return out
+@njit(cache=True, nogil=True)
+def mix(early, late, delta, out):
+    """`out = late + delta * (early - late)` in float64; `out` may be one of the two."""
+    for i in range(len(out)):
+        out[i] = late[i] + delta * (early[i] - late[i])
 
 
-def add_scaled(total: np.ndarray, weights: np.ndarray, factor: float) -> None:
+@njit(cache=True, nogil=True)
+def add_scaled(total, weights, factor):
     """`total += factor * weights` in float64: the sum behind a soup."""
-    _add_scaled(total, weights, factor)
+    for i in range(len(total)):
+        total[i] += factor * weights[i]
 
 
 def encode(values: np.ndarray, dtype: str, out: np.ndarray) -> bool:
     """Round float64 values to nearest even into `out` (see BITS). True if one of them is not a number."""
-    return {"BF16": _encode_bf16, "F16": _encode_f16, "F32": _encode_float, "F64": _encode_float}[dtype](values, out)
+    return {"BF16": _encode_bf16, "F16": _encode_f16, "F32": _narrow, "F64": _narrow}[dtype](values, out)
 
 
 @njit(cache=True, nogil=True)
@@ -72,21 +74,9 @@ def _decode_f16(bits, out):
 
 
 @njit(cache=True, nogil=True)
-def _decode_f32(bits, out):
+def _widen(bits, out):
     for i in range(len(bits)):
         out[i] = bits[i]
-
-
-@njit(cache=True, nogil=True)
-def _mix(early, late, delta, out):
-    for i in range(len(out)):
-        out[i] = late[i] + delta * (early[i] - late[i])
-
-
-@njit(cache=True, nogil=True)
-def _add_scaled(total, weights, factor):
-    for i in range(len(total)):
-        total[i] += factor * weights[i]
 
 
 @njit(inline="always")
@@ -127,7 +117,7 @@ def _encode_f16(values, out):
 
 
 @njit(cache=True, nogil=True)
-def _encode_float(values, out):
+def _narrow(values, out):
     strange = 0
     for i in range(len(values)):
         out[i] = values[i]

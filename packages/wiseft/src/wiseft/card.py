@@ -1,0 +1,66 @@
+"""What stands beside merged weights: the files of LATE, a recipe that a machine can repeat and a card that a person can read."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmcore.checkpoint import Checkpoint
+from lmcore.errors import UserError
+from lmcore.record import write_atomically, write_json
+from wiseft.plan import read_json
+
+RECIPE = "wiseft.json"
+_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+_LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", RECIPE)
+
+
+def copy_model_files(late: Checkpoint, folder: Path, dtype: str | None = None) -> None:
+    """Copy config, tokenizer and generation files; `dtype` (float32, bfloat16, float16) replaces the one in config.json."""
+    source = late.path if late.path.is_dir() else late.path.parent
+    for pattern in _CARRIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in _LEFT_BEHIND and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, folder / path.name)
+    config = read_json(folder / "config.json")
+    if config and dtype:
+        config.pop("torch_dtype", None)
+        write_json(folder / "config.json", config | {"dtype": dtype})
+
+
+def write_card(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Write `wiseft.json` (the recipe with its digests, which `wiseft verify` repeats) and a model card in README.md."""
+    write_json(folder / RECIPE, recipe)
+    sources = "\n".join(f"| {source['role']} | `{source['source']}` | `{source['digest']}` |" for source in recipe["sources"])
+    options = {key: value for key, value in recipe["options"].items() if value is not None}
+    card = f"""---
+library_name: transformers
+tags: [merge, wiseft]
+---
+# Merged weights
+
+{recipe["method"]}: `{recipe["formula"]}`, computed in float64 and rounded once to nearest even.
+
+| | checkpoint | digest of the bytes that were used |
+|---|---|---|
+{sources}
+
+Options: `{json.dumps(options)}`. Digest of these weights: `{recipe["digest"]}`.
+A digest is the SHA-256 of one line `name dtype shape xxh3-128` per tensor, sorted by name.
+
+`wiseft verify` on this folder repeats the merge from `{RECIPE}` and compares every byte.
+Method: Dang et al. 2025, "Weight Ensembling Improves Reasoning in Language Models" (arXiv 2504.10478).
+"""
+    write_atomically(folder / "README.md", card)
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that `write_card` left in a folder."""
+    recipe = read_json(folder / RECIPE)
+    if recipe is None:
+        raise UserError(f"{folder} has no {RECIPE}: it was not written by wiseft")
+    for key in ("method", "sources", "options", "digest"):
+        if key not in recipe:
+            raise UserError(f"{folder / RECIPE} lacks {key!r}: it was not written by wiseft, or was edited")
+    return recipe
