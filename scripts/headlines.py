@@ -30,10 +30,15 @@ def main() -> None:
         results.append(json.loads(printed) | {"seconds": round(time.perf_counter() - start, 1)})
         print(claims.as_text(results[-1]), f"  ({results[-1]['seconds']} s)", sep="\n")
     write_json(runs / "claims.json", {"environment": environment(), "results": results})
-    page = Page("Tenfold: do the papers' claims hold?", f"Scale {options.scale}. Each verdict is computed from the numbers beside it.")
+    page = Page(
+        "Tenfold: do the papers' claims hold?", f"Scale {options.scale}. Each verdict is computed from the numbers beside it."
+    )
     for result in results:
         page.section(result["package"])
-        page.table(claims.rows(result), f"{result['seconds']} s; seeds {result['seeds']}; figures and tables: {result['package']}/index.html")
+        page.table(
+            claims.rows(result),
+            f"{result['seconds']} s; seeds {result['seeds']}; figures and tables: {result['package']}/index.html",
+        )
     page.write(runs / "index.html")
     print(f"wrote {(runs / 'index.html').relative_to(ROOT)}", file=sys.stderr)
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,14 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
         args=sys.argv[1:] if args is None else args,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
     )
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"{program}: warning: {message}", file=sys.stderr)
+
     try:
-        with _stdout_on_stderr() if chosen.json else contextlib.nullcontext():
+        with warnings.catch_warnings(), _stdout_on_stderr() if chosen.json else contextlib.nullcontext():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = warn
             result = chosen.run()
         if chosen.json:
             print(json.dumps(result, allow_nan=False))

@@ -1,0 +1,92 @@
+"""A command prints its result, turns a UserError into one line, and keeps stdout clean for JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lmcore import claims, cli
+from lmcore.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Double(cli.Command):
+    """Double a number."""
+
+    number: int
+    """The number."""
+
+    def run(self) -> dict:
+        print("a library says something")
+        if self.number < 0:
+            raise UserError(f"line 3: {self.number} is\nnegative")
+        if self.number == 13:
+            raise KeyboardInterrupt
+        return {"doubled": 2 * self.number}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Headline(cli.HeadlineCommand):
+    """Test the claims."""
+
+    def claims(self, out: Path) -> tuple[str, list]:
+        (out / "index.html").write_text("page")
+        claim = claims.judge(id="a", statement="A holds.", effects=[1.0, 1.1], unit="points", seeds=[0, 1])
+        return "example", [claim]
+
+
+def call(*args: str) -> int:
+    return cli.main("example", "An example.", [Double, Headline], args)
+
+
+def test_result_is_printed_for_people_or_as_one_json_object(capsys):
+    assert call("double", "--number", "4") == 0
+    assert "doubled: 8" in capsys.readouterr().out
+    assert call("double", "--number", "4", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"doubled": 8}
+    assert "a library says something" in printed.err
+
+
+def test_user_error_is_one_line_and_exit_status_2(capsys):
+    assert call("double", "--number", "-1") == 2
+    assert capsys.readouterr().err == "example: line 3: -1 is negative\n"
+    with pytest.raises(SystemExit) as raised:
+        call("double", "--number", "four")
+    assert raised.value.code == 2
+
+
+def test_interruption_says_how_to_go_on(capsys):
+    assert call("double", "--number", "13") == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line_of_the_program(capsys):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Warn(cli.Command):
+        """Warn."""
+
+        def run(self) -> dict:
+            import warnings
+
+            warnings.warn("rows differ", stacklevel=1)
+            return {}
+
+    assert cli.main("example", "An example.", [Warn, Double], ["warn"]) == 0
+    assert capsys.readouterr().err == "example: warning: rows differ\n"
+
+
+def test_headline_publishes_its_folder_and_prints_the_agreed_json(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("headline", "--out", str(out), "--scale", "smoke", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((out / "claims.json").read_text())
+    assert result["scale"] == "smoke"
+    assert result["seeds"] == [0, 1]
+    keys = {"id", "statement", "published", "measured", "interval", "seeds", "verdict", "rule"}
+    assert set(result["claims"][0]) == keys
+    assert call("headline", "--out", str(out)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert call("headline", "--scale", "tiny") == 2
+    assert "smoke" in capsys.readouterr().err

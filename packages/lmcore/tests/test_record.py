@@ -1,0 +1,95 @@
+"""Files and folders appear whole or not at all."""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lmcore.errors import UserError
+from lmcore.record import environment, published, write_atomically, write_json
+
+
+def test_json_of_arrays_paths_and_dataclasses(tmp_path):
+    @dataclasses.dataclass
+    class Point:
+        x: float
+
+    write_json(tmp_path / "a.json", {"array": np.arange(3), "scalar": np.float64(0.5), "path": tmp_path, "point": Point(1.0)})
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found == {"array": [0, 1, 2], "scalar": 0.5, "path": str(tmp_path), "point": {"x": 1.0}}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", float("nan"))
+    with pytest.raises(TypeError, match="object cannot be written"):
+        write_json(tmp_path / "b.json", object())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_folder_is_published_whole_and_replaced_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with published(out) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("1")
+        assert not out.exists()
+    with pytest.raises(UserError, match="--overwrite"), published(out):
+        pass
+    with pytest.raises(RuntimeError), published(out, overwrite=True) as folder:
+        (folder / "a").write_text("2")
+        raise RuntimeError
+    assert (out / "sub" / "a").read_text() == "1"
+    with published(out, overwrite=True) as folder:
+        (folder / "b").write_text("2")
+    assert [path.name for path in out.iterdir()] == ["b"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_second_writer_of_the_same_folder_is_refused(tmp_path):
+    with published(tmp_path / "out"), pytest.raises(UserError, match="another process"), published(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").exists()
+
+
+KEEP_REPLACING = """
+import sys
+from pathlib import Path
+from lmcore.record import published, write_atomically
+
+print("ready", flush=True)
+for number in range(10_000):
+    with published(Path(sys.argv[1]) / "out", overwrite=True) as folder:
+        for name in "ab":
+            (folder / name).write_text(str(number))
+    write_atomically(Path(sys.argv[1]) / "file", str(number) * 1000)
+"""
+
+
+def test_killed_at_any_moment_the_old_or_the_new_folder_stands(tmp_path):
+    write_atomically(tmp_path / "file", "")
+    moments = random.Random(0)
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", KEEP_REPLACING, tmp_path], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.02 + moments.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if (tmp_path / "out").exists():
+            contents = [(tmp_path / "out" / name).read_text() for name in "ab"]
+            assert contents[0] == contents[1] != ""
+        text = (tmp_path / "file").read_text()
+        assert text == text[: len(text) // 1000] * 1000
+
+
+def test_environment_names_versions_but_no_machine():
+    found = environment()
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["cores"] >= 1
+    import platform
+
+    assert platform.node() not in json.dumps(found) or len(platform.node()) < 4
