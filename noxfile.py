@@ -47,7 +47,9 @@ def isolated(session: nox.Session, member: str) -> None:
     if "test" in nox.project.load_toml(ROOT / f"packages/{member}/pyproject.toml").get("dependency-groups", {}):
         groups += ["--group", f"packages/{member}/pyproject.toml:test"]
     core = [] if member == "lmcore" else ["./packages/lmcore[models]"]
-    session.install("--reinstall-package", member, *core, f"./packages/{member}[{extras}]" if extras else f"./packages/{member}", *groups)
+    session.install(
+        "--reinstall-package", member, *core, f"./packages/{member}[{extras}]" if extras else f"./packages/{member}", *groups
+    )
     session.run("pytest", f"packages/{member}", *session.posargs)
 
 

@@ -75,7 +75,7 @@ def merge_of_two_small(folder: Path, early: Path, late: Path) -> dict[str, Any]:
 
 def merge_of_two_large(folder: Path) -> dict[str, Any]:
     """A pair of 2 GiB, start-up excluded, beside dd reading both and writing one, each flushed to the disk."""
-    from wiseft.merge import merge
+    from wiseft.merging import merge
 
     early, late = (random_checkpoint(folder / name, seed) for seed, name in enumerate(["large-early", "large-late"]))
     files = [path / "model.safetensors" for path in (early, late)]
@@ -123,7 +123,7 @@ def merge_of_two_large(folder: Path) -> dict[str, Any]:
 
 def rounding(folder: Path, early: Path, late: Path) -> list[dict[str, Any]]:
     """The share of weights that differ from float64 `late + delta * (early - late)` rounded once to nearest even."""
-    from wiseft.merge import merge
+    from wiseft.merging import merge
 
     rows = []
     for dtype in ("BF16", "F16", "F32"):

@@ -8,8 +8,8 @@ import torch
 
 from lmcore.errors import UserError
 from lmcore.models import tiny_llama
-from wiseft.merge import merge
-from wiseft.verify import verify
+from wiseft.merging import merge
+from wiseft.verification import verify
 
 peft = pytest.importorskip("peft")
 

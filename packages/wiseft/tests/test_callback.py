@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from lmcore.models import tiny_llama
 from wiseft.callback import WiseCallback
 from wiseft.interpolate import interpolate_
-from wiseft.merge import merge
+from wiseft.merging import merge
 
 TOKENS = torch.randint(0, 31, (16, 8), generator=torch.Generator().manual_seed(0))
 DATA = [{"input_ids": row, "labels": row} for row in TOKENS]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lmcore.errors import UserError
 from lmcore.models import tiny_llama
-from wiseft.merge import merge, soup
-from wiseft.verify import verify
+from wiseft.merging import merge, soup
+from wiseft.verification import verify
 
 
 def save(folder: Path, seed: int, **options) -> Path:
@@ -244,7 +244,7 @@ def test_wrong_inputs_are_refused(pair, tmp_path):
 
 def test_killed_merge_is_repeated_byte_for_byte(pair, tmp_path):
     early, late = pair
-    code = "import sys; from wiseft.merge import merge; print('ready', flush=True); merge(*sys.argv[1:4], delta=[0.3, 0.5], overwrite=True)"
+    code = "import sys; from wiseft.merging import merge; print('ready', flush=True); merge(*sys.argv[1:4], delta=[0.3, 0.5], overwrite=True)"
     command = [sys.executable, "-c", code, early, late, tmp_path / "work" / "out"]
     merge(early, late, tmp_path / "truth", delta=[0.3, 0.5])
     truth = {
@@ -270,5 +270,5 @@ def test_killed_merge_is_repeated_byte_for_byte(pair, tmp_path):
 
 
 def test_merging_imports_no_torch(pair, tmp_path):
-    code = "import sys; from wiseft.merge import merge; merge(*sys.argv[1:4]); assert 'torch' not in sys.modules"
+    code = "import sys; from wiseft.merging import merge; merge(*sys.argv[1:4]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *pair, tmp_path / "out"], check=True)

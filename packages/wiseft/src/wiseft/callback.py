@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.record import published
-from wiseft.merge import Source, merge
+from wiseft.merging import Source, merge
 
 
 class WiseCallback(TrainerCallback):

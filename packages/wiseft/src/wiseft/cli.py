@@ -45,7 +45,7 @@ class Merge(cli.Command):
 
     def run(self) -> dict[str, Any]:
         """Merge, and return counts, warnings and digests."""
-        from wiseft.merge import merge
+        from wiseft.merging import merge
         from wiseft.plan import read_module_deltas
 
         return merge(
@@ -85,7 +85,7 @@ class Soup(cli.Command):
 
     def run(self) -> dict[str, Any]:
         """Average, and return counts and digests."""
-        from wiseft.merge import soup
+        from wiseft.merging import soup
 
         return soup(
             self.checkpoints, self.out, weights=self.weights, dtype=self.dtype, overwrite=self.overwrite, dry_run=self.dry_run
@@ -107,7 +107,7 @@ class Verify(cli.Command):
 
     def run(self) -> dict[str, Any]:
         """Compare; a difference is an error that names the tensor."""
-        from wiseft.verify import verify
+        from wiseft.verification import verify
 
         return verify(self.out, self.sources)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
-from wiseft.merge import Source
+from wiseft.merging import Source
 from wiseft.ops.lerp import lerp
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ Combine = Callable[[Step, int, list[np.ndarray], np.ndarray], None]
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where an output goes: a `CheckpointWriter`, or something that compares (see `wiseft.verify`)."""
+    """Where an output goes: a `CheckpointWriter`, or something that compares (see `wiseft.verification`)."""
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         """Take the bytes of a tensor from byte `start` on."""

@@ -11,7 +11,7 @@ from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from wiseft import stream
 from wiseft.card import read_recipe
-from wiseft.merge import Source
+from wiseft.merging import Source
 from wiseft.ops.lerp.numba import BITS
 from wiseft.plan import Step, plan
 
