@@ -8,29 +8,25 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-BACKENDS = ("reference", "numba", "triton")
-
 
 def pick(package: str, *tensors: Any) -> ModuleType:
     """Import and return the module beside the op `package` that should run on `tensors`.
 
     CUDA tensors go to `triton`; CPU tensors to `numba` where the op has it, else to `reference`. The environment variable
-    `LMCORE_BACKEND=reference|numba|triton`, read at each call, overrides: that is how the Triton interpreter is chosen
-    (together with `TRITON_INTERPRET=1`). Where the op lacks the asked-for back end, the reference runs and a warning says so once.
+    `LMCORE_BACKEND=reference|numba|triton`, read at each call, overrides: that is how the Triton interpreter is chosen (together with
+    `TRITON_INTERPRET=1`). Where the op lacks the asked-for back end, the reference runs and a warning says so once.
 
     >>> pick("lmcore.ops.linear_logprob", torch.zeros(1)).__name__
     'lmcore.ops.linear_logprob.reference'
 
     Raises: `ValueError` for an unknown back end in `LMCORE_BACKEND`.
     """
-    wanted = os.environ.get("LMCORE_BACKEND")
-    if not wanted:
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
-        wanted = "triton" if on_gpu else "numba" if _has(package, "numba") else "reference"
-    if wanted not in BACKENDS:
-        raise ValueError(f"LMCORE_BACKEND={wanted!r} is not one of {', '.join(BACKENDS)}")
+    on_gpu = any(tensor.is_cuda for tensor in tensors)
+    wanted = os.environ.get("LMCORE_BACKEND") or ("triton" if on_gpu else "numba" if _has(package, "numba") else "reference")
+    if wanted not in ("reference", "numba", "triton"):
+        raise ValueError(f"LMCORE_BACKEND={wanted!r} is not one of reference, numba, triton")
     if not _has(package, wanted):
-        _say_once(package, wanted)
+        _say_once(f"{package} has no {wanted} implementation: its reference runs")
         wanted = "reference"
     return import_module(f"{package}.{wanted}")
 
@@ -41,5 +37,5 @@ def _has(package: str, backend: str) -> bool:
 
 
 @cache
-def _say_once(package: str, backend: str) -> None:
-    warnings.warn(f"{package} has no {backend} implementation: its reference runs", stacklevel=3)
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

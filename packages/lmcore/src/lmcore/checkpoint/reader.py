@@ -15,17 +15,14 @@ from lmcore.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8, "BOOL": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-}  # fmt: skip
-"""Bytes per element of the dtypes that can be read, by their safetensors names."""
-
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64", "BOOL": "bool", "I64": "int64", "I32": "int32",
+_TORCH = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
 }  # fmt: skip
+_WIDE = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+DTYPES = {name: _WIDE.get(name, 1) for name in _TORCH}
+"""Bytes per element of the dtypes that can be read, by their safetensors names."""
 _LARGEST_HEADER = 100_000_000  # bytes, the specification's own bound
 
 
@@ -65,8 +62,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, files: list[Path], index: dict[str, Any] | None = None):
-        self.path = path
-        self.index = index
+        self.path, self.index = path, index
         self.metadata: dict[str, dict[str, str] | None] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
@@ -75,8 +71,6 @@ class Checkpoint:
                 if tensor.name in self.tensors:
                     raise UserError(f"{file}: tensor {tensor.name} is in {self.tensors[tensor.name].file.name} too")
                 self.tensors[tensor.name] = tensor
-        if index is not None:
-            self._check_index(index["weight_map"])
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
 
@@ -90,9 +84,7 @@ class Checkpoint:
         if not path.exists():
             path = _from_hub(str(source))
         if path.is_file():
-            if path.name.endswith(".safetensors.index.json"):
-                return cls._from_index(path)
-            return cls(path, [path])
+            return cls._from_index(path) if path.name.endswith(".index.json") else cls(path, [path])
         for name in ("model.safetensors", "adapter_model.safetensors"):
             if (path / name).is_file():
                 return cls(path, [path / name])
@@ -113,10 +105,13 @@ class Checkpoint:
         stop = tensor.nbytes if stop is None else stop
         if not 0 <= start <= stop <= tensor.nbytes:
             raise ValueError(f"range [{start}, {stop}) of {name}, which has {tensor.nbytes} bytes")
+        with self._opening:
+            if tensor.file not in self._descriptors:
+                self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         buffer = np.empty(stop - start, np.uint8) if out is None else out[: stop - start]
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._descriptor(tensor.file), [buffer[done:].data], tensor.start + start + done)
+            count = os.preadv(self._descriptors[tensor.file], [buffer[done:].data], tensor.start + start + done)
             if count == 0:
                 raise UserError(f"{tensor.file}: tensor {name} ends early: the file became shorter while it was read")
             done += count
@@ -127,7 +122,7 @@ class Checkpoint:
         import torch
 
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=getattr(torch, _TORCH_NAMES[info.dtype]))
+        tensor = torch.empty(info.shape, dtype=getattr(torch, _TORCH[info.dtype]))
         self.read(name, out=tensor.view(-1).view(torch.uint8).numpy())
         return tensor
 
@@ -142,32 +137,27 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, file: Path) -> int:
-        with self._opening:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-            return self._descriptors[file]
-
     @classmethod
     def _from_index(cls, path: Path) -> "Checkpoint":
         try:
             index = json.loads(path.read_text())
-            names = sorted(set(index["weight_map"].values()))
+            weight_map = dict(index["weight_map"])
+            files = [path.parent / name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not an index of a sharded checkpoint ({type(error).__name__}: {error})") from None
-        for name in names:
-            if not (path.parent / name).is_file():
-                raise UserError(f"{path.parent / name}: this shard is missing (named in {path.name})")
-        return cls(path.parent, [path.parent / name for name in names], index)
-
-    def _check_index(self, weight_map: dict[str, str]) -> None:
-        for name in sorted(weight_map.keys() ^ self.tensors.keys()):
-            if name in weight_map:
-                raise UserError(f"{self.path / weight_map[name]}: tensor {name} is missing, though the index names it")
-            raise UserError(f"{self.tensors[name].file}: tensor {name} is not in the index")
-        for name, file in weight_map.items():
-            if self.tensors[name].file.name != file:
-                raise UserError(f"{self.path / file}: tensor {name} is in {self.tensors[name].file.name}, not here")
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file}: this shard is missing (named in {path.name})")
+        opened = cls(path.parent, files, index)
+        for name in sorted(weight_map.keys() | opened.tensors.keys()):
+            if name not in weight_map:
+                raise UserError(f"{opened.tensors[name].file}: tensor {name} is not in the index")
+            found = opened.tensors[name].file.name if name in opened.tensors else "no shard"
+            if found != weight_map[name]:
+                raise UserError(
+                    f"{path.parent / weight_map[name]}: tensor {name} is missing (found in {found}), though the index names it"
+                )
+        return opened
 
 
 def read_header(file: Path) -> tuple[dict[str, str] | None, list[TensorInfo]]:
@@ -186,36 +176,35 @@ def read_header(file: Path) -> tuple[dict[str, str] | None, list[TensorInfo]]:
         raise UserError(f"{file}: tensor {error} is in the header twice") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: the header is not that of a safetensors file ({type(error).__name__}: {error})") from None
-    tensors, end = [], 0
+    tensors, end, data = [], 0, total - 8 - length
     for name, entry in entries:
-        tensor, stop = _checked(file, name, entry, end, total - 8 - length, 8 + length)
-        tensors.append(tensor)
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{file}: tensor {name} needs dtype, shape and two data_offsets, has {entry}") from None
+        _check(f"{file}: tensor {name}", dtype, shape, start, stop, end, data)
+        tensors.append(TensorInfo(name, dtype, shape, file, 8 + length + start))
         end = stop
-    if end != total - 8 - length:
-        last = f"tensor {tensors[-1].name} ends at byte {end}" if tensors else "there are no tensors"
-        raise UserError(f"{file}: {last} of the data, which has {total - 8 - length} bytes")
+    if end != data:
+        raise UserError(
+            f"{file}: tensor {tensors[-1].name if tensors else '(none)'} ends at byte {end} of the data, which has {data}"
+        )
     return metadata, tensors
 
 
-def _checked(file: Path, name: str, entry: Any, end: int, data: int, base: int) -> tuple[TensorInfo, int]:
-    try:
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        valid = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{file}: tensor {name} needs dtype, shape and two data_offsets, has {entry}") from None
-    if not valid:
-        raise UserError(f"{file}: tensor {name} has shape {shape} and offsets {start}, {stop}: whole numbers >= 0 are needed")
+def _check(who: str, dtype: Any, shape: tuple[Any, ...], start: Any, stop: Any, end: int, data: int) -> None:
+    """A tensor fills bytes [start, stop), right after the one that ended at `end`, in a file with `data` bytes of data."""
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise UserError(f"{who} has shape {shape} and offsets {start}, {stop}: whole numbers >= 0 are needed")
     if dtype not in DTYPES:
-        raise UserError(f"{file}: tensor {name} has dtype {dtype}, known are {', '.join(DTYPES)}")
-    tensor = TensorInfo(name, dtype, shape, file, base + start)
-    if stop - start != tensor.nbytes:
-        raise UserError(f"{file}: tensor {name} has offsets {start} to {stop}, but its shape takes {tensor.nbytes} bytes")
+        raise UserError(f"{who} has dtype {dtype}, known are {', '.join(DTYPES)}")
+    if stop - start != math.prod(shape) * DTYPES[dtype]:
+        raise UserError(f"{who} has offsets {start} to {stop}, but its shape takes {math.prod(shape) * DTYPES[dtype]} bytes")
     if start != end:
         fault = "overlaps the tensor before it" if start < end else "leaves unnamed bytes before it"
-        raise UserError(f"{file}: tensor {name} starts at byte {start} and {fault}, which ends at {end}")
+        raise UserError(f"{who} starts at byte {start} and {fault}, which ends at {end}")
     if stop > data:
-        raise UserError(f"{file}: tensor {name} needs data up to byte {stop}, the file has {data}: it is truncated")
-    return tensor, stop
+        raise UserError(f"{who} needs data up to byte {stop}, the file has {data}: it is truncated")
 
 
 class _DuplicateNameError(Exception):
@@ -223,11 +212,10 @@ class _DuplicateNameError(Exception):
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in named:
-            raise _DuplicateNameError(name)
-        named[name] = value
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateNameError(next(name for name in names if names.count(name) > 1))
     return named
 
 
@@ -237,17 +225,12 @@ def _from_hub(source: str) -> Path:
         raise UserError(f"{source} does not exist")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise UserError(f"{source} is not a folder; to read it from the Hub: pip install huggingface_hub") from None
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except Exception as error:  # the Hub's client raises its own, the network's and the operating system's
-        raise UserError(
-            f"{source} is neither a folder here nor could it be had from the Hub ({type(error).__name__})"
-        ) from None
+    for offline in (True, False):
+        try:
+            return Path(snapshot_download(source, allow_patterns=wanted, local_files_only=offline))
+        except Exception as error:  # the Hub's client raises its own errors, the network's and the operating system's
+            reason = type(error).__name__
+    raise UserError(f"{source} is neither a folder here nor could it be had from the Hub ({reason})")

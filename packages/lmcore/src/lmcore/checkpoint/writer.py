@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,9 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        shards: Mapping[str, Sequence[TensorInfo]],
-        *,
-        metadata: Mapping[str, dict[str, str] | None] | None = None,
-        index_metadata: Mapping[str, Any] | None = None,
-    ):
+        self, folder: Path, shards: Mapping[str, Sequence[TensorInfo]], *,
+        metadata: Mapping[str, dict[str, str] | None] | None = None, index_metadata: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._index_metadata = index_metadata
@@ -58,17 +55,17 @@ class CheckpointWriter:
             view, position = view[written:], position + written
 
     def seal(self) -> None:
-        """Write the headers and the index: from here on the checkpoint is complete."""
-        for path, descriptor in self._descriptors.items():
-            header = self._headers[path.name]
-            os.pwrite(descriptor, header[8:], 8)
-            os.pwrite(descriptor, header[:8], 0)
+        """Write the index and the headers: from here on the checkpoint is complete."""
         if len(self._headers) > 1 or self._index_metadata is not None:
             total = sum(tensor.nbytes for tensor in self.tensors.values())
             weight_map = {name: tensor.file.name for name, tensor in self.tensors.items()}
             index = {"metadata": {**(self._index_metadata or {}), "total_size": total}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self.folder / "model.safetensors.index.json").write_text(text)
+        for path, descriptor in self._descriptors.items():
+            header = self._headers[path.name]
+            os.pwrite(descriptor, header[8:], 8)
+            os.pwrite(descriptor, header[:8], 0)
 
     def close(self) -> None:
         """Close the files; unsealed ones stay unreadable."""
@@ -87,25 +84,24 @@ class CheckpointWriter:
 
     def _allocate(self, path: Path, tensors: Sequence[TensorInfo], metadata: dict[str, str] | None) -> None:
         entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-        stop = 0
-        for tensor in tensors:
-            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [stop, stop + tensor.nbytes]}
-            stop += tensor.nbytes
+        stops = np.cumsum([tensor.nbytes for tensor in tensors], dtype=np.int64).tolist()
+        for tensor, stop in zip(tensors, stops, strict=True):
+            if tensor.name in self.tensors or tensor.name in entries:
+                raise ValueError(f"tensor {tensor.name} is to be written twice")
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [stop - tensor.nbytes, stop]}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
+        base = 8 + len(text)
         self._headers[path.name] = len(text).to_bytes(8, "little") + text
-        position = 8 + len(text)
-        for tensor in tensors:
-            if tensor.name in self.tensors:
-                raise ValueError(f"tensor {tensor.name} is to be written twice")
-            self.tensors[tensor.name] = TensorInfo(tensor.name, tensor.dtype, tensor.shape, path, position)
-            position += tensor.nbytes
+        for tensor, stop in zip(tensors, stops, strict=True):
+            self.tensors[tensor.name] = replace(tensor, file=path, start=base + stop - tensor.nbytes)
         self._descriptors[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        total = base + (stops[-1] if stops else 0)
         try:
-            os.posix_fallocate(self._descriptors[path], 0, position)
+            os.posix_fallocate(self._descriptors[path], 0, total)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise UserError(f"{path.parent}: no room for {path.name}, which takes {position:,} bytes") from None
+                raise UserError(f"{path.parent}: no room for {path.name}, which takes {total:,} bytes") from None
             raise
 
 
@@ -113,7 +109,6 @@ def shards_like(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, l
     """The shards of a checkpoint, to write another like it; `dtype` replaces that of every floating-point tensor."""
     shards: dict[str, list[TensorInfo]] = {name: [] for name in checkpoint.metadata}
     for tensor in checkpoint.tensors.values():
-        floating = tensor.dtype in ("F64", "F32", "F16", "BF16")
-        kind = dtype if dtype and floating else tensor.dtype
-        shards[tensor.file.name].append(TensorInfo(tensor.name, kind, tensor.shape, tensor.file, 0))
+        kind = dtype if dtype and tensor.dtype in ("F64", "F32", "F16", "BF16") else tensor.dtype
+        shards[tensor.file.name].append(replace(tensor, dtype=kind))
     return shards

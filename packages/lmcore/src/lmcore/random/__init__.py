@@ -29,7 +29,7 @@ def signs(seed: int, name: str, size: int, *, start: int = 0, device: "torch.dev
     """Return 1 where the highest bit of the word is set (there `uniform` >= 0.5 and `normal` >= 0), else -1: int8 [size].
 
     >>> signs(0, "lm_head.weight", 5)
-    tensor([1, 1, 1, 1, 1], dtype=torch.int8)
+    tensor([-1, -1,  1,  1, -1], dtype=torch.int8)
     """
     return _draw("signs", seed, name, size, start, device)
 
