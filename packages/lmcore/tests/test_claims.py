@@ -37,7 +37,7 @@ def test_interval_is_students(count, quantile):
 
 def test_table_shows_numbers_seeds_and_what_was_not_tested():
     tested = judge(id="a", statement="A.", effects=[1.0, 2.0], unit="points", seeds=[3, 4], published=Quantity(7.0, "points"))
-    result = to_json("example", "long", [tested, not_tested(id="b", statement="B.", why="needs a GPU")])
+    result = to_json("example", [tested, not_tested(id="b", statement="B.", why="needs a GPU")], scale="long")
     assert result["seeds"] == [3, 4]
     table = rows(result)
     assert table[0]["measured"].startswith("+1.5 points [")

@@ -31,7 +31,10 @@ class Headline(cli.HeadlineCommand):
     """Test the claims."""
 
     def claims(self, out: Path) -> tuple[str, list]:
-        (out / "index.html").write_text("page")
+        with open(out / "attempts", "a") as attempts:
+            attempts.write("x")
+        if self.seed == 13:
+            raise KeyboardInterrupt
         claim = claims.judge(id="a", statement="A holds.", effects=[1.0, 1.1], unit="points", seeds=[0, 1])
         return "example", [claim]
 
@@ -77,7 +80,18 @@ def test_warnings_are_one_line_of_the_program(capsys):
     assert capsys.readouterr().err == "example: warning: rows differ\n"
 
 
-def test_headline_publishes_its_folder_and_prints_the_agreed_json(tmp_path, capsys):
+def test_interrupted_headline_is_continued_and_a_finished_one_is_kept(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("headline", "--out", str(out), "--seed", "13") == 130
+    assert call("headline", "--out", str(out)) == 0
+    assert (out / "attempts").read_text() == "xx", "what the interrupted run left is still there"
+    assert call("headline", "--out", str(out)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert call("headline", "--out", str(out), "--overwrite") == 0
+    assert (out / "attempts").read_text() == "x"
+
+
+def test_headline_prints_the_agreed_json(tmp_path, capsys):
     out = tmp_path / "out"
     assert call("headline", "--out", str(out), "--scale", "smoke", "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -86,7 +100,5 @@ def test_headline_publishes_its_folder_and_prints_the_agreed_json(tmp_path, caps
     assert result["seeds"] == [0, 1]
     keys = {"id", "statement", "published", "measured", "interval", "seeds", "verdict", "rule"}
     assert set(result["claims"][0]) == keys
-    assert call("headline", "--out", str(out)) == 2
-    assert "--overwrite" in capsys.readouterr().err
     assert call("headline", "--scale", "tiny") == 2
     assert "smoke" in capsys.readouterr().err

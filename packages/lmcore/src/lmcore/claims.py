@@ -37,16 +37,9 @@ class Claim:
 
 
 def judge(
-    *,
-    id: str,
-    statement: str,
-    effects: Sequence[float],
-    unit: str,
-    seeds: Sequence[int],
-    at_least: float = 0.0,
-    published: Quantity | None = None,
-    level: float = 0.95,
-) -> Claim:
+    *, id: str, statement: str, effects: Sequence[float], unit: str, seeds: Sequence[int],
+    at_least: float = 0.0, published: Quantity | None = None, level: float = 0.95,
+) -> Claim:  # fmt: skip
     """Turn one effect per seed, signed so that positive is what the paper claims, into a verdict.
 
     `reproduced`: the Student t interval over seeds lies above 0 and the mean is at least `at_least`. `direction only`: the mean is above
@@ -64,28 +57,15 @@ def judge(
     threshold = f" and the mean is at least {at_least:g}" if at_least else ""
     rule = f"reproduced if the {level:.0%} t interval over seeds is above 0{threshold}; direction only if the mean is above 0"
     return Claim(
-        id=id,
-        statement=statement,
-        published=published,
-        measured=Quantity(mean, unit),
-        interval=interval,
-        seeds=tuple(seeds),
-        verdict=verdict,
-        rule=rule,
-    )
+        id=id, statement=statement, published=published, measured=Quantity(mean, unit),
+        interval=interval, seeds=tuple(seeds), verdict=verdict, rule=rule,
+    )  # fmt: skip
 
 
 def not_tested(*, id: str, statement: str, why: str, published: Quantity | None = None) -> Claim:
     """A claim that this scale does not reach, and why."""
     return Claim(
-        id=id,
-        statement=statement,
-        published=published,
-        measured=None,
-        interval=None,
-        seeds=(),
-        verdict="not tested",
-        rule=why,
+        id=id, statement=statement, published=published, measured=None, interval=None, seeds=(), verdict="not tested", rule=why
     )
 
 
@@ -103,7 +83,7 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean - half, mean + half, level
 
 
-def to_json(package: str, scale: str, claims: Sequence[Claim]) -> dict[str, Any]:
+def to_json(package: str, claims: Sequence[Claim], *, scale: str) -> dict[str, Any]:
     """What `<package> headline --json` prints: package, scale, seeds and the claims."""
     seeds = sorted({seed for claim in claims for seed in claim.seeds})
     return {"package": package, "scale": scale, "seeds": seeds, "claims": [claim.to_json() for claim in claims]}
@@ -113,20 +93,12 @@ def rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """The claims of `to_json` as a table for people: statement, measured with interval, verdict, seeds."""
     table = []
     for claim in result["claims"]:
-        measured, interval = claim["measured"], claim["interval"]
+        measured, interval, published = claim["measured"], claim["interval"], claim["published"]
         value = f"{measured['value']:+.3g} {measured['unit']}" if measured else "-"
-        if interval:
-            value += f" [{interval[0]:+.3g}, {interval[1]:+.3g}]"
-        published = f"{claim['published']['value']:g} {claim['published']['unit']}" if claim["published"] else "-"
-        table.append(
-            {
-                "claim": claim["statement"],
-                "published": published,
-                "measured": value,
-                "verdict": claim["verdict"],
-                "seeds": str(len(claim["seeds"])),
-            }
-        )
+        value += f" [{interval[0]:+.3g}, {interval[1]:+.3g}]" if interval else ""
+        known = f"{published['value']:g} {published['unit']}" if published else "-"
+        row = {"claim": claim["statement"], "published": known, "measured": value}
+        table.append({**row, "verdict": claim["verdict"], "seeds": str(len(claim["seeds"]))})
     return table
 
 

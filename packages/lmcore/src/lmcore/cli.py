@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -44,20 +45,17 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
     0: done. 2: the arguments or the input cannot be used (`UserError`, one line on stderr). 130: interrupted; the same
     command resumes or starts again. Any other exception is a bug and shows its traceback.
     """
-    subcommands: dict[str, Callable[..., Command]] = {_verb(command): command for command in commands}
+    subcommands: dict[str, Callable[..., Command]] = {command.__name__.lower(): command for command in commands}
     chosen: Command = tyro.extras.subcommand_cli_from_dict(
-        subcommands,
-        prog=program,
-        description=description,
-        args=sys.argv[1:] if args is None else args,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
-    )
+        subcommands, prog=program, description=description, args=sys.argv[1:] if args is None else args,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # fmt: skip
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"{program}: warning: {message}", file=sys.stderr)
 
-    try:
-        with warnings.catch_warnings(), _stdout_on_stderr() if chosen.json else contextlib.nullcontext():
+    try:  # with --json, stdout holds the result alone: whatever a library prints goes to stderr
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr) if chosen.json else contextlib.nullcontext():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = warn
             result = chosen.run()
@@ -79,35 +77,33 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadlineCommand(Command):
-    """Run the paper's claims on data and models that come with the installed packages.
-
-    A subclass sets `package` and `describe`, and calls the package's `headline` in `claims`.
-    """
+    """Run the paper's claims on data and models that come with the installed packages; a subclass says how in `claims`."""
 
     out: Path | None = None
     """Folder for claims.json, the tables and the figures; without it, only the claims are printed."""
     scale: str = "default"
     """smoke (under 20 s), default (at most 3 minutes on 2 cores), long (up to an hour, all seeds) or full (a GPU)."""
     overwrite: bool = False
-    """Replace the folder if it exists."""
+    """Run again where the folder holds a finished run; one that was interrupted is continued."""
 
     def claims(self, out: Path) -> tuple[str, list[Any]]:
         """Run the claims, writing below `out`; return the name of the package and the claims."""
         raise TypeError(f"{type(self).__name__} has no claims")
 
     def run(self) -> dict[str, Any]:
-        """Run the claims and return their table as `claims.to_json` gives it."""
+        """Run the claims and return them as `claims.to_json` does; claims.json, written last, marks a finished folder."""
         from lmcore import claims, record
 
         if self.scale not in claims.SCALES:
             raise UserError(f"--scale {self.scale}: choose one of {', '.join(claims.SCALES)}")
-        with contextlib.ExitStack() as stack:
-            if self.out is None:
-                out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headline-")))
-            else:
-                out = stack.enter_context(record.published(self.out, overwrite=self.overwrite))
-            package, found = self.claims(out)
-            result = claims.to_json(package, self.scale, found)
+        with tempfile.TemporaryDirectory() as temporary:
+            out = self.out or Path(temporary)
+            if (out / "claims.json").exists():
+                if not self.overwrite:
+                    raise UserError(f"{out} holds a finished headline: choose another --out or pass --overwrite")
+                shutil.rmtree(out)
+            out.mkdir(parents=True, exist_ok=True)
+            result = claims.to_json(*self.claims(out), scale=self.scale)
             record.write_json(out / "claims.json", result)
         return result
 
@@ -116,12 +112,3 @@ class HeadlineCommand(Command):
         from lmcore import claims
 
         print(claims.as_text(result))
-
-
-def _verb(command: type[Command]) -> str:
-    return command.__name__.lower()
-
-
-def _stdout_on_stderr() -> contextlib.redirect_stdout[Any]:
-    """With --json, stdout holds the result alone: whatever a library prints goes to stderr."""
-    return contextlib.redirect_stdout(sys.stderr)

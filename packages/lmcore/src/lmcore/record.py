@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -26,7 +25,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    flush_folder(path.parent)
+    _flush(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,21 +44,25 @@ def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: choose another --out or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
     hidden = out.parent / f".{out.name}.partial"
-    lock = _lock(hidden, out)
+    hidden.mkdir(parents=True, exist_ok=True)
+    lock = os.open(hidden, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for leftover in hidden.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield hidden
-        _flush_tree(hidden)
-        if out.exists() and _exchange(hidden, out):
+        for path in [*hidden.rglob("*"), hidden]:
+            _flush(path)
+        if out.exists() and not _exchange(hidden, out):
+            shutil.rmtree(out)
+        if out.exists():
             shutil.rmtree(hidden)
         else:
-            if out.exists():
-                shutil.rmtree(out)
             os.rename(hidden, out)
-        flush_folder(out.parent)
+        _flush(out.parent)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {out}: wait for it or choose another --out") from None
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
@@ -76,11 +79,10 @@ class Run:
     def __init__(self, out: Path, config: Any, *, seed: int):
         self.out = out
         described = json.loads(json.dumps({"seed": seed, **dataclasses.asdict(config)}, default=_plain))
-        known = out / "config.json"
-        if known.exists() and json.loads(known.read_text()) != described:
-            raise UserError(f"{known} was written by a run with other options: choose another folder")
+        if (out / "config.json").exists() and json.loads((out / "config.json").read_text()) != described:
+            raise UserError(f"{out / 'config.json'} was written by a run with other options: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(known, described)
+        write_json(out / "config.json", described)
         write_json(out / "environment.json", environment())
 
     def log(self, **metrics: Any) -> None:
@@ -95,62 +97,35 @@ class Run:
 
 def environment() -> dict[str, Any]:
     """Machine and versions: what a reader needs beside a measurement. Nothing of it names the machine or its paths."""
-    versions = {}
-    for name in ("torch", "transformers", "numpy", "numba", "triton", "safetensors"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+    names = ("torch", "transformers", "numpy", "numba", "triton", "safetensors")
+    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
     torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30),
-        "gpu": gpu,
-        "versions": versions,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None,
+        "versions": {name: installed[name] for name in names if name in installed},
     }
 
 
-def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(hidden: Path, out: Path) -> int:
-    hidden.mkdir(exist_ok=True)
-    descriptor = os.open(hidden, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process is writing {out}: wait for it or choose another --out") from None
-    return descriptor
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        flush_folder(path)  # fsync takes files and folders alike
-    flush_folder(folder)
+def _flush(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step with renameat2(RENAME_EXCHANGE); False where the system has no such call."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
+    """Swap two folders in one step with renameat2(RENAME_EXCHANGE); False where the system cannot."""
     at_working_folder, exchange = -100, 2
-    if renameat2(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), exchange) == 0:
-        return True
-    if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return (
+        rename is not None
+        and rename(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), exchange) == 0
+    )
 
 
 def _processor() -> str:

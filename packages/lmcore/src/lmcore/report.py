@@ -52,9 +52,8 @@ class Page:
         numeric = {c for c in columns if all(isinstance(row.get(c), int | float) or row.get(c) is None for row in rows)}
         style = {c: ' class="number"' if c in numeric else "" for c in columns}
         head = "".join(f"<th{style[c]}>{html.escape(c)}</th>" for c in columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td{style[c]}>{html.escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>" for row in rows
-        )
+        cells = ("".join(f"<td{style[c]}>{html.escape(_cell(row.get(c)))}</td>" for c in columns) for row in rows)
+        body = "".join(f"<tr>{cell}</tr>" for cell in cells)
         top = f"<caption>{html.escape(caption)}</caption>" if caption else ""
         self._body.append(f'<div class="wide"><table>{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
