@@ -74,7 +74,10 @@ def merge_of_two_small(folder: Path, early: Path, late: Path) -> dict[str, Any]:
 
 
 def merge_of_two_large(folder: Path) -> dict[str, Any]:
-    """A pair of 2 GiB, start-up excluded, beside dd reading both and writing one, each flushed to the disk."""
+    """A pair of 2 GiB, start-up excluded, beside dd reading both and writing one, each flushed to the disk.
+
+    Inputs are in the page cache, except in the rows called cold, where the kernel was asked to drop them first.
+    """
     from wiseft.merging import merge
 
     early, late = (random_checkpoint(folder / name, seed) for seed, name in enumerate(["large-early", "large-late"]))
@@ -82,8 +85,10 @@ def merge_of_two_large(folder: Path) -> dict[str, Any]:
     out = folder / "large-out"
     megabytes = files[0].stat().st_size // 2**20
 
-    def ours(delta: Any) -> float:
+    def ours(delta: Any, *, cold: bool = False) -> float:
         shutil.rmtree(out, ignore_errors=True)
+        for file in files if cold else []:
+            forget(file)
         return seconds_of(lambda: merge(early, late, out, delta=delta))
 
     def dd() -> float:
@@ -101,11 +106,13 @@ def merge_of_two_large(folder: Path) -> dict[str, Any]:
         return taken
 
     ours(0.3)
-    taken: dict[str, list[float]] = {"one": [], "three": [], "dd": []}
+    taken: dict[str, list[float]] = {"dd": [], "one": [], "three": [], "cold_one": [], "cold_three": []}
     for _ in range(5):
         taken["dd"].append(dd())
         taken["one"].append(ours(0.3))
         taken["three"].append(ours([0.3, 0.5, 0.7]))
+        taken["cold_one"].append(ours(0.3, cold=True))
+        taken["cold_three"].append(ours([0.3, 0.5, 0.7], cold=True))
     command = [BIN / "wiseft", "merge", early, late, "--out", out, "--overwrite", "--delta", "0.3"]
     _, peak = run(command)
     shutil.rmtree(out)
@@ -117,6 +124,9 @@ def merge_of_two_large(folder: Path) -> dict[str, Any]:
         "dd_seconds": summary(taken["dd"]),
         "times_dd": medians["one"] / medians["dd"],
         "three_deltas_over_one": medians["three"] / medians["one"],
+        "wiseft_cold_seconds": summary(taken["cold_one"]),
+        "wiseft_cold_three_deltas_seconds": summary(taken["cold_three"]),
+        "cold_three_deltas_over_one": medians["cold_three"] / medians["cold_one"],
         "wiseft_peak_rss_mb": peak / 1e6,
     }
 
@@ -250,6 +260,13 @@ def random_checkpoint(folder: Path, seed: int) -> Path:
             writer.write(spec.name, 0, weight.view(-1).view(torch.uint8).numpy())
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return folder
+
+
+def forget(file: Path) -> None:
+    """Ask the kernel to drop a file from the page cache."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
 
 
 def mergekit_recipe(folder: Path, early: Path, late: Path, delta: float, dtype: str) -> Path:

@@ -1,6 +1,6 @@
 import itertools
 from fractions import Fraction
-from math import comb
+from math import comb, exp, lgamma
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def beta_counts(rng, problems, samples, a=0.4, b=0.7):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 1000, 10_000])
 def test_estimates_equal_exact_fractions(n):
-    ks = sorted({1, 2, min(7, n), n // 2 + 1, n})
+    ks = sorted({1, min(2, n), min(7, n), n // 2 + 1, n})
     correct = sorted({0, 1, n // 3, n // 2, n - 1, n})
     found = pass_at_k(n, correct, ks)
     for (i, c), (j, k) in itertools.product(enumerate(correct), enumerate(ks)):
@@ -49,7 +49,7 @@ def test_ragged_samples_broadcast_and_keep_their_shape():
 def test_many_distinct_sample_counts_take_the_sorting_path():
     rng = np.random.default_rng(0)
     samples = rng.integers(1, 1_000_000, 50)
-    assert pass_at_k(samples, samples // 2, 1) == pytest.approx(samples // 2 / samples, abs=1e-12)
+    assert pass_at_k(samples, samples // 2, 1) == pytest.approx(samples // 2 / samples, abs=1e-10)
 
 
 @settings(deadline=None, max_examples=60)
@@ -104,7 +104,7 @@ def test_variance_is_the_u_statistic_over_pairs_of_samples_and_of_problems():
 def test_variance_is_unbiased_and_the_naive_one_is_inflated_by_sampling():
     rng, a, b, n = np.random.default_rng(2), 2.0, 5.0, 4
     true = a * b / ((a + b) ** 2 * (a + b + 1))
-    runs = [summarize(n, beta_counts(rng, 60, n, a, b), 1, replicates=1) for _ in range(1500)]
+    runs = [summarize(n, beta_counts(rng, 60, n, a, b), 1, replicates=1) for _ in range(600)]
     values = np.array([(run.variance.value, run.naive_variance) for run in runs])
     error = values.std(axis=0) / len(runs) ** 0.5
     inflation = (a / (a + b) - true - (a / (a + b)) ** 2) / n  # E[rho (1 - rho)] / n
@@ -150,22 +150,23 @@ def test_histogram_bootstrap_has_the_law_of_resampled_problems():
     row = summarize(16, correct, 4, replicates=20_000, level=0.9).pass_at_k[0]
     values = pass_at_k(16, correct, 4)
     means = values[rng.integers(0, 80, (20_000, 80))].mean(axis=1)
-    # BCa shifts the percentiles a little; their order of magnitude is 1 / sqrt(problems) of the width.
+    # The interval's quantiles are shifted a little for skewness.
     assert np.allclose(row.interval[:2], np.quantile(means, [0.05, 0.95]), atol=0.25 * row.standard_error)
     assert row.standard_error == pytest.approx(values.std(ddof=1) / 80**0.5)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    rng, a, b, n, k, problems, runs = np.random.default_rng(6), 0.4, 0.7, 16, 4, 60, 400
-    rho = rng.beta(a, b, 2_000_000)
-    truth = {"pass": 1 - ((1 - rho) ** k).mean(), "variance": a * b / ((a + b) ** 2 * (a + b + 1))}
+    rng, a, b, n, k, runs = np.random.default_rng(6), 0.4, 0.7, 16, 4, 500
+    fail = lgamma(a + b) + lgamma(b + k) - lgamma(b) - lgamma(a + b + k)
+    truth = {"pass": 1 - exp(fail), "variance": a * b / ((a + b) ** 2 * (a + b + 1))}
     covered = {"pass": 0, "variance": 0}
     for _ in range(runs):
-        summary = summarize(n, beta_counts(rng, problems, n, a, b), k, replicates=800, level=0.9)
+        summary = summarize(n, beta_counts(rng, 60, n, a, b), k, replicates=300, level=0.9)
         for name, (low, high, _) in (("pass", summary.pass_at_k[0].interval), ("variance", summary.variance.interval)):
             covered[name] += low <= truth[name] <= high
-    assert 0.86 < covered["pass"] / runs < 0.94
-    assert 0.85 < covered["variance"] / runs < 0.94
+    four_errors = 4 * (0.9 * 0.1 / runs) ** 0.5
+    assert covered["pass"] / runs == pytest.approx(0.9, abs=four_errors)
+    assert covered["variance"] / runs == pytest.approx(0.9, abs=four_errors)
 
 
 def test_problems_that_all_agree_get_an_exact_interval():
@@ -220,11 +221,11 @@ def test_sign_flip_p_value_equals_the_enumeration_of_all_flips():
 
 def test_sign_flip_rejects_a_true_null_as_often_as_it_says():
     rng, rejected = np.random.default_rng(9), 0
-    for _ in range(300):
+    for _ in range(200):
         rho = rng.beta(0.4, 0.7, 60)
         paired = compare(([8] * 60, rng.binomial(8, rho)), ([8] * 60, rng.binomial(8, rho)), 4, replicates=199)
         rejected += paired.pass_at_k[0].p_value <= 0.1
-    assert 0.05 < rejected / 300 < 0.16
+    assert rejected / 200 == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / 200) ** 0.5)
 
 
 def test_comparison_needs_pairs_and_gives_no_p_value_for_unequal_samples():
@@ -276,7 +277,7 @@ def test_budget_says_when_samples_cannot_help_and_when_it_cannot_know():
     assert unknown.between_problems is None
     assert unknown.advice.startswith("draw at least 40 samples per problem")
     assert enough.advice.startswith("enough")
-    with pytest.raises(ValueError, match="width is 1.5"):
+    with pytest.raises(ValueError, match=r"width is 1.5"):
         samples_needed(4, [1, 2], 1, width=1.5)
 
 
@@ -289,3 +290,10 @@ def test_cells_group_equal_counts():
     ]
     assert cells.index.tolist() == [0, 1, 0, 2]
     assert failure(cells, np.array([1]))[:, 0] == pytest.approx([3 / 4, 7 / 8, 6 / 8])
+
+
+def test_a_variance_that_no_single_problem_moves_still_has_an_interval():
+    variance = summarize([64] * 20, [0] * 10 + [64] * 10, 1, replicates=1000).variance
+    low, high, _ = variance.interval
+    assert variance.standard_error == pytest.approx(0, abs=1e-12)
+    assert low < 0.2 < high <= 0.27

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lmcore.lazy import attach
 
 if TYPE_CHECKING:
+    from wiseft.budget import samples_needed as samples_needed
     from wiseft.callback import WiseCallback as WiseCallback
     from wiseft.comparison import compare as compare
     from wiseft.exact import exact_pass_at_k as exact_pass_at_k
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from wiseft.merging import merge as merge
     from wiseft.merging import soup as soup
     from wiseft.passk import pass_at_k as pass_at_k
+    from wiseft.samples import read_samples as read_samples
     from wiseft.sampling import sample as sample
     from wiseft.selection import select as select
     from wiseft.summary import summarize as summarize
@@ -28,7 +30,9 @@ _TOPICS = {
     "majority_at_k": "votes",
     "merge": "merging",
     "pass_at_k": "passk",
+    "read_samples": "samples",
     "sample": "sampling",
+    "samples_needed": "budget",
     "select": "selection",
     "soup": "merging",
     "summarize": "summary",
