@@ -22,20 +22,20 @@ import xxhash
 from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo
 from lmcore.errors import UserError
 from lmcore.record import published, write_json
-from wiseft.card import copy_model_files, write_card
+from wiseft.card import Named, copy_model_files, write_card
 from wiseft.ops.lerp.numba import BITS, decode, encode
 from wiseft.plan import read_json
+from wiseft.stream import digest_line, total_digest
 
+METHOD = {"method": "WiSE-FT of LoRA adapters", "formula": "delta * s B A of early + (1 - delta) * s B A of late"}
 _FACTOR = re.compile(r"(.*\.)lora_(embedding_)?A(\.weight)?$")
 
 
 def merge_adapters(
-    early: Checkpoint,
-    late: Checkpoint,
+    sources: Sequence[Named],
     out: Path,
     names: Sequence[str],
     deltas: Sequence[float],
-    roles: Sequence[tuple[str, Any]],
     *,
     rank: int | None = None,
     overwrite: bool = False,
@@ -47,6 +47,7 @@ def merge_adapters(
 
     Raises: `UserError` for adapters of different modules, DoRA, LoRA biases, or one input that is no adapter.
     """
+    early, late = (source.checkpoint for source in sources)
     config = _check_configs(early, late)
     for delta in deltas:
         if not math.isfinite(delta):
@@ -82,12 +83,7 @@ def merge_adapters(
             ranks = {_module(a_name): tensors[a_name].shape[0] for a_name, _ in pairs}
             copy_model_files(late, place)
             write_json(place / "adapter_config.json", config | _scale_one(ranks))
-            sources = [
-                {"role": role, "source": str(source), "digest": _digest(checkpoint)}
-                for (role, source), checkpoint in zip(roles, (early, late), strict=True)
-            ]
-            recipe = {"method": "WiSE-FT of LoRA adapters", "formula": "delta * s B A of early + (1 - delta) * s B A of late"}
-            write_card(place, {**recipe, "sources": sources, "options": {"delta": delta, "rank": rank}, "digest": digest})
+            write_card(place, METHOD, sources, [_digest(early), _digest(late)], {"delta": delta, "rank": rank}, digest)
     return {**result, "lost_share": lost}
 
 
@@ -232,8 +228,5 @@ def _compare(merged: Checkpoint, late: Checkpoint, name: str, values: np.ndarray
 
 
 def _digest(checkpoint: Checkpoint) -> str:
-    digest = xxhash.xxh3_128()
-    for name, info in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {info.dtype} {list(info.shape)}".encode())
-        digest.update(checkpoint.read(name).data)
-    return digest.hexdigest()
+    lines = [digest_line(info, xxhash.xxh3_128(checkpoint.read(name).data)) for name, info in checkpoint.tensors.items()]
+    return total_digest(lines)

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,17 @@ from lmcore.record import write_atomically, write_json
 from wiseft.plan import read_json
 
 RECIPE = "wiseft.json"
+
+
+@dataclass(frozen=True)
+class Named:
+    """An input: its part in the merge, what the user called it, and the open checkpoint."""
+
+    role: str
+    given: str
+    checkpoint: Checkpoint
+
+
 _CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 _LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", RECIPE)
 
@@ -29,25 +41,36 @@ def copy_model_files(late: Checkpoint, folder: Path, dtype: str | None = None) -
         write_json(folder / "config.json", config | {"dtype": dtype})
 
 
-def write_card(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write `wiseft.json` (the recipe with its digests, which `wiseft verify` repeats) and a model card in README.md."""
-    write_json(folder / RECIPE, recipe)
-    sources = "\n".join(f"| {source['role']} | `{source['source']}` | `{source['digest']}` |" for source in recipe["sources"])
-    options = {key: value for key, value in recipe["options"].items() if value is not None}
+def write_card(
+    folder: Path,
+    method: Mapping[str, str],
+    sources: Sequence[Named],
+    seen: Sequence[str],
+    options: Mapping[str, Any],
+    digest: str,
+) -> None:
+    """Write `wiseft.json` (the recipe with its digests, which `wiseft verify` repeats) and a model card in README.md.
+
+    `method` has the keys method and formula; `seen` the digest of each source, `digest` that of the result.
+    """
+    described = [{"role": one.role, "source": one.given, "digest": used} for one, used in zip(sources, seen, strict=True)]
+    write_json(folder / RECIPE, {**method, "sources": described, "options": dict(options), "digest": digest})
+    table = "\n".join(f"| {one['role']} | `{one['source']}` | `{one['digest']}` |" for one in described)
+    chosen = {key: value for key, value in options.items() if value is not None}
     card = f"""---
 library_name: transformers
 tags: [merge, wiseft]
 ---
 # Merged weights
 
-{recipe["method"]}: `{recipe["formula"]}`, computed in float64 and rounded once to nearest even.
+{method["method"]}: `{method["formula"]}`, computed in float64 and rounded once to nearest even.
 
 | | checkpoint | digest of the bytes that were used |
 |---|---|---|
-{sources}
+{table}
 
-Options: `{json.dumps(options)}`. Digest of these weights: `{recipe["digest"]}`.
-A digest is the SHA-256 of one line `name dtype shape xxh3-128` per tensor, sorted by name.
+Options: `{json.dumps(chosen)}`. Digest of these weights: `{digest}`.
+A digest of a checkpoint is the SHA-256 of one line `name dtype shape xxh3-128` per tensor, sorted by name.
 
 `wiseft verify` on this folder repeats the merge from `{RECIPE}` and compares every byte.
 Method: Dang et al. 2025, "Weight Ensembling Improves Reasoning in Language Models" (arXiv 2504.10478).

@@ -11,7 +11,7 @@ from lmcore.checkpoint import Checkpoint, CheckpointWriter, shards_like
 from lmcore.errors import UserError
 from lmcore.record import published
 from wiseft import stream
-from wiseft.card import copy_model_files, write_card
+from wiseft.card import Named, copy_model_files, write_card
 from wiseft.ops.lerp.numba import BITS
 from wiseft.plan import DTYPE_NAMES, Missing, Plan, Step, plan
 
@@ -58,23 +58,26 @@ def merge(
     _check_place(out, [early, late])
     with Checkpoint.open(early) as a, Checkpoint.open(late) as b:
         names = [delta_name(value) for value in deltas] if several else [""]
-        roles = [("early", early), ("late", late)]
+        sources = [Named("early", str(early), a), Named("late", str(late), b)]
         if any((checkpoint.path / "adapter_config.json").is_file() for checkpoint in (a, b)):
             from wiseft.adapters import merge_adapters
 
             refused = {"module_deltas": module_deltas, "missing": missing != "error", "dtype": dtype}
             if any(refused.values()):
                 raise UserError(f"adapters are merged without {', '.join(key for key, value in refused.items() if value)}")
-            return merge_adapters(a, b, Path(out), names, deltas, roles, rank=rank, overwrite=overwrite, dry_run=dry_run)
+            return merge_adapters(sources, Path(out), names, deltas, rank=rank, overwrite=overwrite, dry_run=dry_run)
         if rank is not None:
             raise UserError("rank is for LoRA adapters: these are whole checkpoints")
         todo = plan(a, b, deltas, module_deltas=module_deltas, missing=missing, dtype=dtype)
         for warning in todo.warnings:
             warnings.warn(warning, stacklevel=2)
         options = {"missing": missing, "dtype": dtype, "module_deltas": module_deltas and dict(module_deltas)}
+        outputs = {name: {**options, "delta": value} for name, value in zip(names, deltas, strict=True)}
+        result = {**todo.summary(), "outputs": [str(Path(out, name)) for name in names], "warnings": list(todo.warnings)}
+        if dry_run:
+            return result
         recipe = {"method": "WiSE-FT", "formula": "delta * early + (1 - delta) * late"}
-        variants = [{**options, "delta": value} for value in deltas]
-        return _write(todo, [a, b], Path(out), names, recipe, roles, variants, stream.interpolate, overwrite, dry_run)
+        return {**result, "digests": _publish(todo, sources, stream.interpolate, Path(out), outputs, recipe, overwrite)}
 
 
 def soup(
@@ -112,11 +115,14 @@ def soup(
         targets = [target for tensors in shards.values() for target in tensors]
         last = len(opened) - 1
         steps = tuple(Step(target, tuple(factors), target.size if target.dtype in BITS else 0, rest=last) for target in targets)
-        recipe = {"method": "Model soup", "formula": "sum(weight * w) / sum(weight)"}
-        roles = [(f"checkpoint {number}", source) for number, source in enumerate(checkpoints)]
-        variants = [{"weights": factors, "dtype": dtype}]
         todo = Plan(steps, shards, ())
-        return _write(todo, opened, Path(out), [""], recipe, roles, variants, stream.average, overwrite, dry_run)
+        result = {**todo.summary(), "outputs": [str(out)], "warnings": []}
+        if dry_run:
+            return result
+        sources = [Named(f"checkpoint {n}", str(s), c) for n, (s, c) in enumerate(zip(checkpoints, opened, strict=True))]
+        outputs = {"": {"weights": factors, "dtype": dtype}}
+        recipe = {"method": "Model soup", "formula": "sum(weight * w) / sum(weight)"}
+        return {**result, "digests": _publish(todo, sources, stream.average, Path(out), outputs, recipe, overwrite)}
 
 
 def delta_name(delta: float) -> str:
@@ -129,40 +135,30 @@ def delta_name(delta: float) -> str:
     return f"delta-{short if float(short) == delta else repr(float(delta))}"
 
 
-def _write(
+def _publish(
     todo: Plan,
-    sources: Sequence[Checkpoint],
-    out: Path,
-    names: Sequence[str],
-    recipe: dict[str, Any],
-    roles: Sequence[tuple[str, Source]],
-    variants: Sequence[dict[str, Any]],
+    sources: Sequence[Named],
     combine: stream.Combine,
+    out: Path,
+    outputs: Mapping[str, dict[str, Any]],
+    recipe: dict[str, Any],
     overwrite: bool,
-    dry_run: bool,
-) -> dict[str, Any]:
-    """Publish one folder per name (or `out` itself) with weights, model files and card."""
-    result = {**todo.summary(), "outputs": [str(out / name) for name in names], "warnings": list(todo.warnings)}
-    if dry_run:
-        return result
-    late = sources[-1]
+) -> dict[str, list[str]]:
+    """Publish `out` with weights, model files and card in one folder per output ("" is `out` itself), named with its options."""
+    late = sources[-1].checkpoint
     with published(out, overwrite=overwrite) as folder:
         with contextlib.ExitStack() as stack:
             writers = []
-            for name, variant in zip(names, variants, strict=True):
+            for name, options in outputs.items():
                 (folder / name).mkdir(exist_ok=True)
-                copy_model_files(late, folder / name, variant["dtype"])
+                copy_model_files(late, folder / name, options["dtype"])
                 index = late.index["metadata"] if late.index else None
                 writer = CheckpointWriter(folder / name, todo.shards, metadata=late.metadata, index_metadata=index)
                 writers.append(stack.enter_context(writer))
-            digests = stream.run(todo.steps, sources, writers, combine)
-        described = [
-            {"role": role, "source": str(source), "digest": digest}
-            for (role, source), digest in zip(roles, digests["sources"], strict=True)
-        ]
-        for name, variant, digest in zip(names, variants, digests["outputs"], strict=True):
-            write_card(folder / name, {**recipe, "sources": described, "options": variant, "digest": digest})
-    return {**result, "digests": digests}
+            digests = stream.run(todo.steps, [source.checkpoint for source in sources], writers, combine)
+        for (name, options), digest in zip(outputs.items(), digests["outputs"], strict=True):
+            write_card(folder / name, recipe, sources, digests["sources"], options, digest)
+    return digests
 
 
 def _check_place(out: Source, sources: Sequence[Source]) -> None:

@@ -68,7 +68,7 @@ def run(steps: Sequence[Step], sources: Sequence[Checkpoint], sinks: Sequence[Si
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    totals = [hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest() for seen in lines]
+    totals = [total_digest(seen) for seen in lines]
     return {"sources": totals[: len(sources)], "outputs": totals[len(sources) :]}
 
 
@@ -111,9 +111,9 @@ class _Tensor:
         target = self.step.target
         for number, (source, digest) in enumerate(zip(self.sources, self._read, strict=True)):
             took_part = self.step.mixed or number == self.step.rest
-            yield [_line(source.tensors[target.name], digest)] if took_part else []
+            yield [digest_line(source.tensors[target.name], digest)] if took_part else []
         for digest in self._written:
-            yield [_line(target, digest)]
+            yield [digest_line(target, digest)]
 
     def _raw(self, source: int, start: int, stop: int) -> np.ndarray:
         checkpoint, name = self.sources[source], self.step.target.name
@@ -139,7 +139,13 @@ class _Tensor:
         return UserError(f"tensor {name} overflows between elements {start} and {start + BLOCK}: the deltas are too large")
 
 
-def _line(info: TensorInfo, digest: "xxhash.xxh3_128") -> str:
+def total_digest(lines: Sequence[str]) -> str:
+    """The digest of a checkpoint from those of its tensors: SHA-256 of the sorted lines, the same for any sharding."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def digest_line(info: TensorInfo, digest: "xxhash.xxh3_128") -> str:
+    """The line `name dtype shape xxh3-128` of one tensor."""
     return f"{info.name} {info.dtype} {list(info.shape)} {digest.hexdigest()}"
 
 
