@@ -129,7 +129,7 @@ def test_file_cut_anywhere_is_refused(length, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2000)}, path)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         Checkpoint.open(tmp_path)
 
 

@@ -244,7 +244,7 @@ def test_wrong_inputs_are_refused(pair, tmp_path):
 
 def test_killed_merge_is_repeated_byte_for_byte(pair, tmp_path):
     early, late = pair
-    code = "import sys; from wiseft.merging import merge; print('ready', flush=True); merge(*sys.argv[1:4], delta=[0.3, 0.5], overwrite=True)"
+    code = "import sys; from wiseft import merge; print('ready', flush=True); merge(*sys.argv[1:], delta=[0.3, 0.5], overwrite=True)"
     command = [sys.executable, "-c", code, early, late, tmp_path / "work" / "out"]
     merge(early, late, tmp_path / "truth", delta=[0.3, 0.5])
     truth = {

@@ -71,13 +71,18 @@ def test_first_tokens_are_as_frequent_as_they_are_probable(tiny):
 
 def test_score_is_the_log_probability_of_the_completion_under_the_model(tiny):
     model, tokenizer = tiny
+    # No special token but the end is drawn: each would be missing from the text, which must give the tokens back.
+    silenced = torch.tensor(
+        [token in set(tokenizer.all_special_ids) - {tokenizer.eos_token_id} for token in range(len(tokenizer))]
+    )
+    model.lm_head.bias = torch.nn.Parameter(torch.where(silenced, -1e4, 0.0))
     requests = requests_for(PROBLEMS[:1], tokenizer, n=32)
     drawn = draw(tiny, requests, decoding=Decoding(temperature=2.0, top_k=12))
     assert {one.ended for one in drawn} == {True, False}
     for request, one in zip(requests, drawn, strict=True):
         tokens = tokenizer(one.text).input_ids + [tokenizer.eos_token_id] * one.ended
-        if len(tokens) != one.tokens:
-            continue  # a special token that is no end token shows in no text
+        assert len(tokens) == one.tokens
+        assert one.ended or one.tokens == 12
         with torch.no_grad():
             logits = model(torch.tensor([[*request.prompt, *tokens]])).logits[0, len(request.prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).sum().item()
@@ -234,17 +239,23 @@ drawn = lambda: (killed / "samples.jsonl").stat().st_size if killed.exists() els
 def start(out):
     child = os.fork()  # a fork has all imports done, so that the kills fall into the run
     if child == 0:
-        test_sampling.run(out, n=60)
+        test_sampling.run(out, n=160)
         os._exit(0)
     return child
 
-for attempt in range(10):
+kills, attempts = 0, 0
+while kills < 8 and attempts < 20:  # a fast machine may finish the run sooner
     child, before = start(killed), drawn()
-    while attempt > 1 and drawn() == before:
+    while attempts > 1 and drawn() == before and os.waitpid(child, os.WNOHANG)[0] == 0:
         time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.06))
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the run ended before it was killed"
+    time.sleep(rng.uniform(0, 0.03))
+    try:
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+    except (ProcessLookupError, ChildProcessError):
+        break
+    attempts += 1
+assert kills >= 3, kills
 for out in (killed, whole):
     assert os.waitpid(start(out), 0)[1] == 0
 """
@@ -305,7 +316,7 @@ def test_a_file_this_run_did_not_write_is_refused_by_line(tmp_path, tiny):
 def test_two_processes_do_not_draw_into_one_file(tmp_path, tiny):
     run(tmp_path, tiny=tiny)
     with open(tmp_path / "samples.jsonl", "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH)  # only an exclusive lock is kept out by a shared one
         with pytest.raises(UserError, match="another process"):
             run(tmp_path, tiny=tiny)
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 Verdict = Literal["reproduced", "direction only", "not reproduced", "not tested"]
@@ -25,9 +26,9 @@ class Claim:
     id: str
     statement: str
     published: Quantity | None = None
-    measured: Quantity | None
-    interval: tuple[float, float, float] | None
-    seeds: tuple[int, ...]
+    measured: Quantity | None = None
+    interval: tuple[float, float, float] | None = None
+    seeds: tuple[int, ...] = ()
     verdict: Verdict
     rule: str
 
@@ -47,13 +48,11 @@ def judge(
     """
     if len(effects) != len(seeds) or not effects or not all(map(math.isfinite, effects)):
         raise ValueError(f"claim {id}: {len(effects)} effects for {len(seeds)} seeds, all must be finite: {list(effects)}")
-    mean = math.fsum(effects) / len(effects)
+    mean = fmean(effects)
     interval = seed_interval(effects, level) if len(effects) > 1 else None
-    verdict: Verdict
+    verdict: Verdict = "direction only" if mean > 0 else "not reproduced"
     if interval is not None and interval[0] > 0 and mean >= at_least:
         verdict = "reproduced"
-    else:
-        verdict = "direction only" if mean > 0 else "not reproduced"
     threshold = f" and the mean is at least {at_least:g}" if at_least else ""
     rule = f"reproduced if the {level:.0%} t interval over seeds is above 0{threshold}; direction only if the mean is above 0"
     return Claim(
@@ -64,9 +63,7 @@ def judge(
 
 def not_tested(*, id: str, statement: str, why: str, published: Quantity | None = None) -> Claim:
     """A claim that this scale does not reach, and why."""
-    return Claim(
-        id=id, statement=statement, published=published, measured=None, interval=None, seeds=(), verdict="not tested", rule=why
-    )
+    return Claim(id=id, statement=statement, published=published, verdict="not tested", rule=why)
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
@@ -76,11 +73,8 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     >>> round(low, 3), round(high, 3)  # t = 4.303 at 2 degrees of freedom
     (-0.484, 4.484)
     """
-    count = len(values)
-    mean = math.fsum(values) / count
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = _student_t(level, count - 1) * deviation / math.sqrt(count)
-    return mean - half, mean + half, level
+    half = _student_t(level, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half, level
 
 
 def to_json(package: str, claims: Sequence[Claim], *, scale: str) -> dict[str, Any]:
@@ -93,12 +87,12 @@ def rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """The claims of `to_json` as a table for people: statement, measured with interval, verdict, seeds."""
     table = []
     for claim in result["claims"]:
-        measured, interval, published = claim["measured"], claim["interval"], claim["published"]
-        value = f"{measured['value']:+.3g} {measured['unit']}" if measured else "-"
-        value += f" [{interval[0]:+.3g}, {interval[1]:+.3g}]" if interval else ""
-        known = f"{published['value']:g} {published['unit']}" if published else "-"
-        row = {"claim": claim["statement"], "published": known, "measured": value}
-        table.append({**row, "verdict": claim["verdict"], "seeds": str(len(claim["seeds"]))})
+        known, found, interval = claim["published"], claim["measured"], claim["interval"]
+        published = f"{known['value']:g} {known['unit']}" if known else "-"
+        measured = f"{found['value']:+.3g} {found['unit']}" if found else "-"
+        measured += f" [{interval[0]:+.3g}, {interval[1]:+.3g}]" if interval else ""
+        row = {"claim": claim["statement"], "published": published, "measured": measured}
+        table.append(row | {"verdict": claim["verdict"], "seeds": str(len(claim["seeds"]))})
     return table
 
 
@@ -116,5 +110,5 @@ def _student_t(level: float, degrees: int) -> float:
 
     angle = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(angle) ** (degrees - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(math.sqrt(degrees) * math.tan(np.interp(level, mass / mass[-1], angle)))
+    mass = np.cumsum(density) - (density + density[0]) / 2  # trapezoids up to each angle
+    return math.sqrt(degrees) * math.tan(np.interp(level, mass / mass[-1], angle))

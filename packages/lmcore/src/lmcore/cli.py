@@ -1,7 +1,6 @@
 """One way to make a command line: frozen dataclasses are the options, the help and the saved config."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import tyro
 from lmcore.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Command:
     """A subcommand. A subclass adds its options as fields, with docstrings as their help, and says what to do in `run`.
 
@@ -31,7 +31,7 @@ class Command:
 
     def run(self) -> dict[str, Any]:
         """Do the work and return what `--json` prints."""
-        raise TypeError(f"{type(self).__name__} does not say what to run")
+        raise NotImplementedError
 
     def show(self, result: dict[str, Any]) -> None:
         """Print `result` for people; without an override, one `name: value` per line."""
@@ -45,19 +45,13 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
     0: done. 2: the arguments or the input cannot be used (`UserError`, one line on stderr). 130: interrupted; the same
     command resumes or starts again. Any other exception is a bug and shows its traceback.
     """
-    subcommands: dict[str, Callable[..., Command]] = {command.__name__.lower(): command for command in commands}
-    chosen: Command = tyro.extras.subcommand_cli_from_dict(
-        subcommands, prog=program, description=description, args=sys.argv[1:] if args is None else args,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
-
-    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"{program}: warning: {message}", file=sys.stderr)
-
+    named: dict[str, Callable[..., Command]] = {command.__name__.lower(): command for command in commands}
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    chosen = tyro.extras.subcommand_cli_from_dict(named, prog=program, description=description, args=args, config=flags)
     try:  # with --json, stdout holds the result alone: whatever a library prints goes to stderr
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr) if chosen.json else contextlib.nullcontext():
             warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = warn
+            warnings.showwarning = lambda message, *_, **__: print(f"{program}: warning: {message}", file=sys.stderr)
             result = chosen.run()
         if chosen.json:
             print(json.dumps(result, allow_nan=False))
@@ -75,7 +69,7 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
     return 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadlineCommand(Command):
     """Run the paper's claims on data and models that come with the installed packages; a subclass says how in `claims`."""
 
@@ -88,7 +82,7 @@ class HeadlineCommand(Command):
 
     def claims(self, out: Path) -> tuple[str, list[Any]]:
         """Run the claims, writing below `out`; return the name of the package and the claims."""
-        raise TypeError(f"{type(self).__name__} has no claims")
+        raise NotImplementedError
 
     def run(self) -> dict[str, Any]:
         """Run the claims and return them as `claims.to_json` does; claims.json, written last, marks a finished folder."""

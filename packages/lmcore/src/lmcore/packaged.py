@@ -32,7 +32,7 @@ def cached(name: str, inputs: Any, make: Callable[[Path], None]) -> Path:
     folder = Path(os.environ.get("TENFOLD_CACHE") or Path(base, "tenfold")) / f"{name}-{digest}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".lock"), "w") as lock:
+        with open(f"{folder}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops it when the process ends, however it ends
             if not folder.is_dir():
                 with published(folder) as unfinished:

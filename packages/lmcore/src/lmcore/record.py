@@ -38,51 +38,49 @@ def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a hidden folder beside `out` to fill; when the block ends without an error, it becomes `out` by one rename.
 
     An existing `out` is an error unless `overwrite`, and is then exchanged atomically where the file system can (Linux). A killed run
-    leaves the old `out`, the new one or none, and its hidden folder is emptied and used again by the next run; a second process
-    that wants the same `out` at the same time gets a `UserError`.
+    leaves the old `out`, the new one or none, and what it leaves hidden is cleared by the next run; a second process that wants the
+    same `out` at the same time gets a `UserError`.
     """
-    out = Path(os.path.abspath(out))
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists: choose another --out or pass --overwrite")
-    hidden = out.parent / f".{out.name}.partial"
+    out = out.resolve()
+    hidden = out.with_name(f".{out.name}.partial")
     hidden.mkdir(parents=True, exist_ok=True)
     lock = os.open(hidden, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for leftover in hidden.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield hidden
-        for path in [*hidden.rglob("*"), hidden]:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(os.close, lock)  # the system does it when the process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {out}: wait for it or choose another --out") from None
+        at_the_end.callback(shutil.rmtree, hidden, ignore_errors=True)
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out} is a file: choose another --out")
+        if out.exists() and not overwrite:
+            raise UserError(f"{out} exists: choose another --out or pass --overwrite")
+        new = hidden / out.name
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        yield new
+        for path in [*new.rglob("*"), new]:
             _flush(path)
-        if out.exists() and not _exchange(hidden, out):
-            shutil.rmtree(out)
-        if out.exists():
-            shutil.rmtree(hidden)
-        else:
-            os.rename(hidden, out)
+        if not (out.exists() and _exchange(new, out)):
+            shutil.rmtree(out, ignore_errors=True)
+            os.rename(new, out)
         _flush(out.parent)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {out}: wait for it or choose another --out") from None
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
 
 
 class Run:
     """A run folder: `config.json`, `environment.json`, `metrics.jsonl` (one line per `log`) and `result.json` (by `finish`).
 
-    `config` is a frozen dataclass. A folder that holds another config is refused.
+    `config` is a frozen dataclass. A folder that holds another config or seed is refused with a `UserError`.
     """
 
     def __init__(self, out: Path, config: Any, *, seed: int):
         self.out = out
-        described = json.loads(json.dumps({"seed": seed, **dataclasses.asdict(config)}, default=_plain))
-        if (out / "config.json").exists() and json.loads((out / "config.json").read_text()) != described:
-            raise UserError(f"{out / 'config.json'} was written by a run with other options: choose another folder")
+        path, options = out / "config.json", {**dataclasses.asdict(config), "seed": seed}
+        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(options, default=_plain)):
+            raise UserError(f"{path} was written by a run with other options: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", described)
+        write_json(path, options)
         write_json(out / "environment.json", environment())
 
     def log(self, **metrics: Any) -> None:
@@ -114,25 +112,21 @@ def environment() -> dict[str, Any]:
 def _flush(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step with renameat2(RENAME_EXCHANGE); False where the system cannot."""
-    at_working_folder, exchange = -100, 2
+    """Swap two folders in one step with renameat2(AT_FDCWD, first, AT_FDCWD, second, RENAME_EXCHANGE), False where that fails."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    return (
-        rename is not None
-        and rename(at_working_folder, os.fsencode(first), at_working_folder, os.fsencode(second), exchange) == 0
-    )
+    return rename is not None and rename(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or "unknown"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lmcore.record import write_atomically
 
-_STYLE = """
+_STYLE = """<style>
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
@@ -18,7 +18,7 @@ figcaption, caption { font-size: .9rem; opacity: .8; text-align: left; padding: 
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; margin: 1rem 0; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } th { background: var(--soft); }
-"""
+</style></head><body>"""
 
 
 class Page:
@@ -31,48 +31,41 @@ class Page:
     """
 
     def __init__(self, title: str, lead: str = ""):
-        self.title = title
-        self._body = [f"<h1>{html.escape(title)}</h1>"]
+        head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        self._parts = [f"{head}<title>{html.escape(title)}</title>{_STYLE}", f"<h1>{html.escape(title)}</h1>"]
         if lead:
-            self._body.append(f'<p class="lead">{html.escape(lead)}</p>')
+            self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
 
     def section(self, heading: str) -> None:
         """Start a section."""
-        self._body.append(f"<h2>{html.escape(heading)}</h2>")
+        self._parts.append(f"<h2>{html.escape(heading)}</h2>")
 
     def text(self, paragraph: str) -> None:
         """Add a paragraph of plain text."""
-        self._body.append(f"<p>{html.escape(paragraph)}</p>")
+        self._parts.append(f"<p>{html.escape(paragraph)}</p>")
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
         """Add a table: one mapping per row, columns from the first; numbers stand right, floats show four digits."""
         if not rows:
             return
         columns = list(rows[0])
-        numeric = {c for c in columns if all(isinstance(row.get(c), int | float) or row.get(c) is None for row in rows)}
+        numeric = {c for c in columns if all(isinstance(row.get(c), int | float | None) for row in rows)}
         style = {c: ' class="number"' if c in numeric else "" for c in columns}
         head = "".join(f"<th{style[c]}>{html.escape(c)}</th>" for c in columns)
-        cells = ("".join(f"<td{style[c]}>{html.escape(_cell(row.get(c)))}</td>" for c in columns) for row in rows)
-        body = "".join(f"<tr>{cell}</tr>" for cell in cells)
+        lines = ("".join(f"<td{style[c]}>{html.escape(_cell(row.get(c)))}</td>" for c in columns) for row in rows)
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
         top = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        self._body.append(f'<div class="wide"><table>{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+        self._parts.append(f'<div class="wide"><table>{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
     def figure(self, figure: Any, caption: str) -> None:
         """Add a matplotlib figure as inline SVG; the caption is its text alternative too."""
         text = html.escape(caption)
         drawn = svg(figure).replace("<svg ", f'<svg role="img" aria-label="{text}" ', 1)
-        self._body.append(f"<figure>{drawn}<figcaption>{text}</figcaption></figure>")
+        self._parts.append(f"<figure>{drawn}<figcaption>{text}</figcaption></figure>")
 
     def write(self, path: Path) -> None:
         """Write the page, whole or not at all."""
-        head = (
-            f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(self.title)}</title>'
-        )
-        body = "\n".join(self._body)
-        write_atomically(
-            path,
-            f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n',
-        )
+        write_atomically(path, "\n".join([*self._parts, "</body></html>\n"]))
 
 
 def svg(figure: Any) -> str:

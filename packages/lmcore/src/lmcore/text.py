@@ -1,4 +1,4 @@
-"""Small tokenizers, and the corpora inside installed packages: dicts from each distinct document, in a fixed order, to its source."""
+"""Small tokenizers, the English prose inside installed packages, and documents as arrays of tokens."""
 
 import ast
 import contextlib
@@ -78,14 +78,17 @@ def tokens(
 
 
 def prose(*, packages: Sequence[str] = ("numpy", "torch", "transformers")) -> dict[str, str]:
-    """English: docstrings over 200 characters of installed packages, cached; the source is `path:line`. Raises: as `music`."""
-    folders = {package: package_folder(package, f"pip install {package}") for package in packages}
+    """The distinct docstrings over 200 characters, in a fixed order, each with its source `path:line`; cached.
+
+    Raises: `UserError` with the command to run if a package is not installed.
+    """
+    folders = [package_folder(package, f"pip install {package}") for package in packages]
 
     def make(cache: Path) -> None:
         found: dict[str, str] = {}
-        for folder in folders.values():
+        for folder in folders:
             for path in sorted(folder.rglob("*.py")):
-                with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError):  # written for other Pythons
+                with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError, ValueError):  # for other Pythons
                     for node in ast.walk(ast.parse(path.read_bytes())):
                         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                             source = f"{path.relative_to(folder.parent).as_posix()}:{getattr(node, 'lineno', 1)}"
@@ -94,12 +97,3 @@ def prose(*, packages: Sequence[str] = ("numpy", "torch", "transformers")) -> di
 
     key = [[(package, metadata.version(package)) for package in packages], platform.python_version()]
     return json.loads((cached("prose", key, make) / "documents.json").read_text())
-
-
-def music() -> dict[str, str]:
-    """Tunes in ABC notation from the package music21; the source is their file. Raises: `UserError` if it is not installed."""
-    package, found = package_folder("music21", "pip install music21"), dict[str, str]()
-    for path in sorted(package.rglob("*.abc")):
-        for tune in f"\n{path.read_text('utf-8')}".split("\nX:")[1:]:  # a tune begins with its number
-            found.setdefault(f"X:{tune.rstrip()}\n", path.relative_to(package.parent).as_posix())
-    return found

@@ -65,9 +65,10 @@ def candidates_of(labels: Iterable[str], delta: Sequence[float], temperature: Se
 
 @dataclass(frozen=True)
 class Count:
-    """How many of n samples are correct, and how many tokens they took together."""
+    """How many of n samples are correct, how many `max_new_tokens` cut off, and how many tokens they took together."""
 
     correct: int
+    cut_off: int
     tokens: int
 
 
@@ -93,7 +94,8 @@ class Sampling:
         settings: dict[str, Any] = {"decoding": decoding, "seed": self.seed, "max_new_tokens": self.max_new_tokens}
         drawn = [c for batch in batches(requests, self.batch_size) for c in complete(model, tokenizer, batch, **settings)]
         correct = sum(self.verifier(completion.text, problem.answer).correct for completion in drawn)
-        return Count(correct, sum(completion.tokens for completion in drawn))
+        cut_off = sum(not completion.ended for completion in drawn)
+        return Count(correct, cut_off, sum(completion.tokens for completion in drawn))
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values; the verifier by its name."""
@@ -165,7 +167,8 @@ class Ledger:
     def _read(self, line: bytes, number: int) -> None:
         try:
             record = json.loads(line)
-            self._counts[record["candidate"], record["problem"]] = Count(record["correct"], record["tokens"])
+            count = Count(record["correct"], record["cut_off"], record["tokens"])
+            self._counts[record["candidate"], record["problem"]] = count
         except (ValueError, KeyError, TypeError):
             where = f"{self._file.name}, line {number}"
             raise UserError(f"{where} is not what this run wrote: delete the file to start anew") from None

@@ -103,9 +103,8 @@ def complete(
 
     Token i of a request is `decoding.draw` from `filtered_log_softmax` with numbers 32 i to 32 i + 31 of the Philox stream of (seed,
     problem, sample): a function of its logits alone, wherever in the batch it stands. In a batch of equal size those differ at
-    most by the rounding of matrix products (on a CPU with one thread not at all, with two by 1e-6); rows that have ended stay in
-    the batch to keep its size. Two models, or two temperatures, sampled with one seed share their random numbers, which narrows
-    the interval of the difference between them.
+    most by the rounding of matrix products; rows that have ended stay in the batch to keep its size. Two models, or two
+    temperatures, sampled with one seed share their random numbers, which narrows the interval of the difference between them.
 
     Only `decoding` shapes the distribution: penalties and defaults in the model's generation config are not applied, its end
     tokens are. (`model.generate` would apply them before any processor of ours; hence the loop.)

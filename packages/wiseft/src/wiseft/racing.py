@@ -93,7 +93,7 @@ def mean_interval(values: Float[np.ndarray, " problems"], level: float) -> tuple
 
     >>> low, high, _ = mean_interval(np.array([1.0, 1.0, 0.0, 1.0] * 10), 0.95)
     >>> round(low, 2), round(high, 2)
-    (0.55, 0.89)
+    (0.52, 0.95)
     """
     return _refuted_below(values, level), 1 - _refuted_below(1 - values, level), level
 

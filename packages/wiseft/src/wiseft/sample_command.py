@@ -15,7 +15,7 @@ class Sample(Command):
 
     PROBLEMS has one JSON object a line with problem (an id), prompt and answer; the files of GSM8K, MATH-500 and AIME are read as
     they are. A sample depends on the seed, its problem and its number, not on its place in a batch. The same command continues
-    a run that was stopped, to the same bytes.
+    a run that was stopped, to the same bytes on the same machine.
     """
 
     model: tyro.conf.Positional[str]

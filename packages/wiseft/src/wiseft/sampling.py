@@ -49,7 +49,8 @@ def sample(
     environment of the first start.
 
     The file grows by whole batches. The same call continues a run that was killed, to the bytes it would have had on this
-    machine (a verifier's timeouts aside); a complete run is left as it is. A run with another configuration is refused, or, with
+    machine with as many threads (a verifier's timeouts aside); another number of threads rounds differently, which shows in the
+    last digit of scores and, rarely, in a token. A complete run is left as it is. A run with another configuration is refused, or, with
     `overwrite`, replaced. `model` is a `transformers` model or a `vllm.LLM`; of the latter see `vllm_generation` for what holds.
 
     Returns the counts over the whole file: `problems`, `samples`, `correct` and `ended` (fractions of the samples), `gave_up`

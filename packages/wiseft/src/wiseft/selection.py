@@ -77,7 +77,7 @@ def select(
 
     There is one model in memory, whose weights are set in place. `out` gets `result.json` (what is returned), `index.html`,
     `run.json` (configuration and environment), `barriers.json` and `counts.jsonl`. The last grows by a line per candidate and problem,
-    and the same call continues a run that was killed, to the same result.
+    and the same call, with as many threads, continues a run that was killed, to the same result.
 
     Raises: `UserError` for settings out of range, too few problems, checkpoints that do not fit each other, a reference answer that the
     verifier cannot read, a prompt that leaves no room for `max_new_tokens`, and an `out` that holds another run.
@@ -174,6 +174,7 @@ def _rows(
                 "pass_at_k": float(values.mean()),
                 "interval": mean_interval(values, level),
                 "pass_at_1": sum(one.correct for one in counts) / (n * len(counts)),
+                "cut_off": sum(one.cut_off for one in counts) / (n * len(counts)),
                 "tokens": sum(one.tokens for one in counts),
             }
         )

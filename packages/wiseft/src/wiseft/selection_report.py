@@ -105,12 +105,15 @@ def candidate_rows(result: Json) -> list[dict[str, str]]:
 
 
 def spent_text(result: Json) -> str:
-    """What the race cost, and what it saved."""
+    """What the race cost, what it saved, and whether answers were cut off."""
     spent = result["sampling"]
     share = 1 - spent["samples"] / spent["samples_without_race"]
+    longest = max(result["candidates"], key=lambda row: row["cut_off"])
+    cut_off = f" Of the samples of {longest['name']}, {longest['cut_off']:.0%} were cut off: see --max-new-tokens."
     return (
         f"The race drew {spent['samples']:,} samples ({spent['tokens']:,} tokens), {share:.0%} fewer than all candidates on all "
         f"{spent['problems']} problems would have taken, and so saved about {spent['tokens_saved']:,} tokens."
+        + (cut_off if longest["cut_off"] else "")
     )
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lmcore.checkpoint.reader import Checkpoint, TensorInfo
 from lmcore.errors import UserError
 
 
-class CheckpointWriter:
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Preallocates the shards of a checkpoint in `folder` and fills them; leaving the `with` block seals it.
 
     `shards` maps file names to the tensors in them (name, dtype and shape count; `file` and `start` are assigned here). Threads may
@@ -31,10 +32,9 @@ class CheckpointWriter:
         self, folder: Path, shards: Mapping[str, Sequence[TensorInfo]], *,
         metadata: Mapping[str, dict[str, str] | None] | None = None, index_metadata: Mapping[str, Any] | None = None,
     ):  # fmt: skip
-        self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        self._index_metadata = index_metadata
-        self._headers: dict[str, bytes] = {}
+        self._folder, self._index_metadata = folder, index_metadata
+        self._headers: dict[Path, bytes] = {}
         self._descriptors: dict[Path, int] = {}
         try:
             for name, tensors in shards.items():
@@ -61,19 +61,15 @@ class CheckpointWriter:
             weight_map = {name: tensor.file.name for name, tensor in self.tensors.items()}
             index = {"metadata": {**(self._index_metadata or {}), "total_size": total}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self.folder / "model.safetensors.index.json").write_text(text)
-        for path, descriptor in self._descriptors.items():
-            header = self._headers[path.name]
-            os.pwrite(descriptor, header[8:], 8)
-            os.pwrite(descriptor, header[:8], 0)
+            (self._folder / "model.safetensors.index.json").write_text(text)
+        for path, header in self._headers.items():
+            os.pwrite(self._descriptors[path], header[8:], 8)
+            os.pwrite(self._descriptors[path], header[:8], 0)
 
     def close(self) -> None:
         """Close the files; unsealed ones stay unreadable."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
@@ -84,24 +80,24 @@ class CheckpointWriter:
 
     def _allocate(self, path: Path, tensors: Sequence[TensorInfo], metadata: dict[str, str] | None) -> None:
         entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-        stops = np.cumsum([tensor.nbytes for tensor in tensors], dtype=np.int64).tolist()
-        for tensor, stop in zip(tensors, stops, strict=True):
+        stop = 0
+        for tensor in tensors:
             if tensor.name in self.tensors or tensor.name in entries:
                 raise ValueError(f"tensor {tensor.name} is to be written twice")
-            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [stop - tensor.nbytes, stop]}
+            start, stop = stop, stop + tensor.nbytes
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, stop]}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
-        self._headers[path.name] = len(text).to_bytes(8, "little") + text
-        for tensor, stop in zip(tensors, stops, strict=True):
-            self.tensors[tensor.name] = replace(tensor, file=path, start=base + stop - tensor.nbytes)
+        self._headers[path] = len(text).to_bytes(8, "little") + text
+        for tensor in tensors:
+            self.tensors[tensor.name] = replace(tensor, file=path, start=base + entries[tensor.name]["data_offsets"][0])
         self._descriptors[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        total = base + (stops[-1] if stops else 0)
         try:
-            os.posix_fallocate(self._descriptors[path], 0, total)
+            os.posix_fallocate(self._descriptors[path], 0, base + stop)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise UserError(f"{path.parent}: no room for {path.name}, which takes {total:,} bytes") from None
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{path.parent}: no room for {path.name}, which takes {base + stop:,} bytes") from None
             raise
 
 

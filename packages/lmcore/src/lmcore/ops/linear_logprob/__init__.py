@@ -1,5 +1,6 @@
 """The log-probability of each token under a language model's linear head, without ever holding the logits."""
 
+from itertools import compress
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -31,19 +32,17 @@ def linear_logprob(
     >>> hidden, weight, target = torch.zeros(2, 8), torch.zeros(4, 8), torch.tensor([0, 3])
     >>> linear_logprob(hidden, weight, target)
     tensor([-1.3863, -1.3863])
-    >>> linear_logprob(hidden, weight, target, bias=torch.tensor([9.0, 0, 0, 0]), return_entropy=True)
-    (tensor([-3.7016e-04, -9.0004e+00]), tensor([0.0037, 0.0037]))
+    >>> linear_logprob(hidden, weight, target, bias=torch.tensor([2.0, 0, 0, 0]), return_entropy=True)
+    (tensor([-0.3408, -2.3408]), tensor([0.9183, 0.9183]))
 
     Shapes: `hidden` [n, d], `weight` [V, d], `target` [n] int64, `bias` [V], any strides; the results [n], not reduced.
     No label is ignored: select the tokens that count before the call, and the others cost nothing.
-    Dtypes: `hidden`, `weight` and `bias` share float32, bfloat16, float16 or float64. Arithmetic and results are float32 (float64, always
-    on the reference, for float64); gradients are rounded once at the end. On a GPU the logits' gradients are also rounded to a half input
-    dtype before they are multiplied, as in the backward of the head itself: float16 wants its usual loss scaling.
-    Gradients: once differentiable in `hidden`, `weight` and `bias`; what needs no gradient is not computed.
-    Cost: 2 n V d FLOPs forward; backward 2 n V d to recompute the logits and 2 n V d for each of `hidden` and `weight`. Memory beyond inputs
-    and results: a few tiles of `reference.TILE` logits, or one of `triton.TILE`; a few floats per token; float32 copies of half matrices.
-    The kernels fuse product, bias, softcap, logsumexp, entropy and choice of the target, and the product with the logits' gradient.
-    `torch.compile` takes the op whole, without a break in its graph.
+    Dtypes: `hidden`, `weight` and `bias` share float32, bfloat16, float16 or float64; float64 runs on the reference everywhere. Arithmetic
+    and results are float32 (float64 for float64); gradients are rounded once at the end, and on a GPU the logits' gradients to a half dtype
+    too, as in the backward of the head itself: float16 wants its usual loss scaling. Differentiable once; no atomics, so deterministic.
+    Cost: 2 n V d FLOPs forward; backward 2 n V d to recompute the logits and 2 n V d for each matrix's gradient, where it is needed. Beyond
+    inputs and results: some tiles of `reference.TILE` logits or one of `triton.TILE`, floats per token, float32 copies of half inputs.
+    Kernels fuse product, bias, softcap, logsumexp, entropy and choice of the target. `torch.compile` takes the op whole: no graph break.
     Raises: `ValueError` naming the argument whose shape, dtype or device does not fit, or a target outside [0, V). On a GPU, where
     checking targets would wait for them, the log-probability of such a target is NaN. Logits must be finite.
     Source: recomputed logits as in Cut Your Losses (Wijmans et al. 2024); online logsumexp after Milakov and Gimelshein 2018.
@@ -61,8 +60,8 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
     expected += [("bias", bias, v, hidden.dtype)] if bias is not None else []
     for name, tensor, shape, dtype in expected:
         if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, hidden.device):
-            came = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name} is {came}: expected {dtype} {shape} on {hidden.device}, to fit hidden and weight")
+            came = f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{came}: expected {dtype} {shape} on {hidden.device}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: expected a positive number or None")
 
@@ -96,16 +95,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad_logprob: Tensor, _: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[argument] for argument in (0, 1, 3)]
-    given = grad_entropy if ctx.with_entropy else None
-    grads = iter(_backward(grad_logprob, given, list(ctx.saved_tensors), ctx.softcap, needs))
+    grads = iter(_backward(grad_logprob, grad_entropy if ctx.with_entropy else None, ctx.saved_tensors, ctx.softcap, needs))
     hidden, weight, bias = (next(grads) if need else None for need in needs)
     return hidden, weight, None, bias, None, None
 
 
-@_backward.register_fake
-def _(grad_logprob, grad_entropy, saved, softcap, needs):  # type: ignore[no-untyped-def]
-    return [x.new_empty(x.shape) for x, need in zip((saved[0], saved[1], saved[3]), needs, strict=True) if need]
-
-
-_forward.register_fake(lambda hidden, *_: tuple(hidden.new_empty(len(hidden), dtype=reference.wide(hidden)) for _ in range(3)))
 _forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_fake(lambda hidden, *_: tuple(hidden.new_empty(len(hidden), dtype=reference.wide(hidden)) for _ in range(3)))
+_backward.register_fake(
+    lambda _, __, saved, ___, needs: [x.new_empty(x.shape) for x in compress((*saved[:2], saved[3]), needs)]
+)

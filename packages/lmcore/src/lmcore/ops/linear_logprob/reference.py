@@ -20,8 +20,8 @@ def forward(
         logsumexp[rows] = z.logsumexp(1)
         logprob[rows] = z.gather(1, target[rows, None])[:, 0] - logsumexp[rows]
         if with_entropy:
-            log_p = z - logsumexp[rows, None]
-            entropy[rows] = -(log_p.exp() * log_p).sum(1)
+            log_p = z.sub_(logsumexp[rows, None])
+            entropy[rows] = -log_p.exp().mul_(log_p).sum(1)
     return logprob, logsumexp, entropy
 
 
@@ -40,11 +40,11 @@ def backward(
         # d logprob / dz_j = onehot_j - p_j  and  d entropy / dz_j = -p_j (log p_j + entropy)
         slope = grad_logprob[rows, None]
         if grad_entropy is not None:
-            slope = slope + grad_entropy[rows, None] * (log_p + entropy[rows, None])
-        dz = log_p.exp() * -slope
+            slope = (log_p + entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(slope)
+        dz = log_p.exp_().mul_(slope).neg_()
         dz.scatter_add_(1, target[rows, None], grad_logprob[rows, None])
         if softcap is not None:
-            dz *= 1 - (z / softcap) ** 2
+            dz *= 1 - z.div_(softcap).square_()
         if grad_hidden is not None:
             grad_hidden[rows] = dz @ wide_weight
         if grad_weight is not None:

@@ -18,13 +18,12 @@ def forward(hidden, weight, target, bias, softcap, with_entropy):
     target_logit = hidden.new_full(target.shape, torch.nan, dtype=torch.float32)
     logsumexp, entropy = torch.zeros_like(target_logit), torch.zeros_like(target_logit)
     if len(hidden):
-        inputs, (row_blocks, tiles), options = _launch(hidden, weight, bias, target, softcap)
-        tiles_each = triton.cdiv(tiles * row_blocks, PROGRAMS)
+        inputs, (blocks, tiles), options = _launch(hidden, weight, bias, target, softcap)
+        tiles_each = triton.cdiv(tiles * blocks, PROGRAMS)
         part_logsumexp = logsumexp.new_empty((triton.cdiv(tiles, tiles_each), len(hidden)))
         part_entropy = torch.empty_like(part_logsumexp) if with_entropy else None
-        outputs = (target_logit, part_logsumexp, part_entropy)
         with torch.cuda.device_of(hidden):
-            _forward[row_blocks, len(part_logsumexp)](*inputs, *outputs, tiles_each, **options)
+            _forward[blocks, len(part_logsumexp)](*inputs, target_logit, part_logsumexp, part_entropy, tiles_each, **options)
         logsumexp = part_logsumexp.logsumexp(0)
         if with_entropy:  # that of a mixture of distributions on disjoint parts of the vocabulary
             log_share = part_logsumexp - logsumexp
@@ -71,18 +70,15 @@ def _add_product(total, left, right):
 
 def _launch(hidden, weight, bias, target, softcap):
     """Return the arguments that both kernels start with, the grid (blocks of tokens, tiles of the vocabulary) and the options."""
-    inputs = (hidden, weight, None if bias is None else bias.contiguous(), target.contiguous(), len(hidden), *weight.shape)
+    sizes = (len(hidden), *weight.shape, *hidden.stride(), *weight.stride())
+    inputs = (hidden, weight, None if bias is None else bias.contiguous(), target.contiguous(), *sizes)
     # Half operands go to tensor cores through three stages of 32 KiB; float32 has no tensor cores and needs registers for its sums.
     block, depth, warps = (64, 32, 4) if hidden.dtype == torch.float32 else (128, 64, 8)
     block_n = min(block, max(16, triton.next_power_of_2(len(hidden))))
-    grid = triton.cdiv(len(hidden), block_n), triton.cdiv(len(weight), block)
     options = {"BLOCK_N": block_n, "BLOCK_V": block, "BLOCK_D": depth, "num_warps": warps, "num_stages": 3, "SOFTCAP": softcap}
     # The interpreter multiplies bfloat16 as bit patterns: there, and only there, operands are widened.
-    return (
-        (*inputs, *hidden.stride(), *weight.stride()),
-        grid,
-        {**options, "WIDEN": triton.knobs.runtime.interpret, "enable_fp_fusion": True},
-    )
+    options |= {"WIDEN": triton.knobs.runtime.interpret, "enable_fp_fusion": True}
+    return inputs, (triton.cdiv(len(hidden), block_n), triton.cdiv(len(weight), block)), options
 
 
 @triton.jit
@@ -96,8 +92,7 @@ def _forward(
     wanted = tl.load(target + row, row < n, other=-1)
     highest = tl.full((BLOCK_N,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp(z - highest)
-    moment = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp(z - highest) (z - highest): entropy = log total - moment / total
-    found = tl.zeros((BLOCK_N,), tl.float32)
+    moment, found = total, total  # Σ exp(z - highest) (z - highest): entropy = log total - moment / total
     first = tl.program_id(1) * tiles_each * BLOCK_V
     last = min(first + tiles_each * BLOCK_V, v)
     for start in range(first, last, BLOCK_V):
@@ -152,13 +147,11 @@ def _logits(
     hidden += row.to(tl.int64)[:, None] * hidden_n
     weight += column.to(tl.int64)[None, :] * weight_v
     for start in range(0, d, BLOCK_D):
-        inner = start + tl.arange(0, BLOCK_D)
+        inner = start + tl.arange(0, BLOCK_D).to(tl.int64)
         h = tl.load(hidden + inner[None, :] * hidden_d, (row[:, None] < n) & (inner[None, :] < d), other=0.0)
         w = tl.load(weight + inner[:, None] * weight_d, (column[None, :] < v) & (inner[:, None] < d), other=0.0)
-        if WIDEN:
-            h, w = h.to(tl.float32), w.to(tl.float32)
         # float32 operands keep all their bits: tf32, the default, would be wrong in the third digit of a log-probability.
-        z = tl.dot(h, w, z, input_precision="ieee")
+        z = tl.dot(h.to(tl.float32) if WIDEN else h, w.to(tl.float32) if WIDEN else w, z, input_precision="ieee")
     if bias is not None:
         z += tl.load(bias + column, column < v, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP is not None:

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 def lerp(early: "Tensor", late: "Tensor", delta: float) -> "Tensor":
     """Interpolate two weights: `delta * early + (1 - delta) * late`, computed as `late + delta * (early - late)`.
 
-    On a GPU the arithmetic is float32 with a single rounding to the dtype of `late`: within one unit in the last place, counted at
-    the larger of the two weights. On a CPU it is float64 with a single rounding to nearest even, the arithmetic of `merge`. Moves 3 x itemsize bytes per
-    weight; the limit is memory bandwidth.
+    On a GPU the arithmetic is float32 with a single rounding to the dtype of `late`: within one unit in the last place, counted at the
+    larger of the two weights. On a CPU it is float64 with a single rounding to nearest even, the arithmetic of `merge`. Moves
+    3 x itemsize bytes per weight; the limit is memory bandwidth.
 
     >>> lerp(torch.zeros(2, 3), torch.ones(2, 3), 0.25)[0]
     tensor([0.7500, 0.7500, 0.7500])
