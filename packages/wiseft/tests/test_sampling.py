@@ -119,6 +119,18 @@ def test_fewer_new_tokens_give_a_prefix(tiny):
     assert all(b.text.startswith(a.text) for a, b in zip(short, long, strict=True))
 
 
+def test_every_position_has_its_own_random_numbers():
+    model, tokenizer = tiny_llama(vocab_size=16, max_positions=256, tie=False), tiny_model()[1]
+    model.lm_head.weight.data.zero_()
+    silenced = torch.tensor([token in tokenizer.all_special_ids for token in range(16)])
+    model.lm_head.bias = torch.nn.Parameter(torch.where(silenced, -1e4, 0.0))  # equal at all positions, and no end
+    (one,) = draw((model, tokenizer), requests_for(PROBLEMS[:1], tokenizer, n=1), max_new_tokens=200)
+    assert len(one.text) == 200
+    for period in range(1, 129):
+        agreeing = sum(a == b for a, b in zip(one.text, one.text[period:], strict=False))
+        assert agreeing < 0.4 * (200 - period), period  # a twelfth by chance
+
+
 def test_seed_problem_and_number_each_change_the_sample(tiny):
     first, second = requests_for(PROBLEMS[:1], tiny[1], n=2)
     renamed = replace(first, problem="renamed")
@@ -234,21 +246,21 @@ import test_sampling
 
 torch.set_num_threads(1)
 killed, whole, rng = Path(sys.argv[2]), Path(sys.argv[3]), random.Random(0)
-drawn = lambda: (killed / "samples.jsonl").stat().st_size if killed.exists() else 0
+drawn = lambda: (killed / "samples.jsonl").stat().st_size if (killed / "samples.jsonl").exists() else 0
 
 def start(out):
     child = os.fork()  # a fork has all imports done, so that the kills fall into the run
     if child == 0:
-        test_sampling.run(out, n=160)
+        test_sampling.run(out, n=80)
         os._exit(0)
     return child
 
 kills, attempts = 0, 0
-while kills < 8 and attempts < 20:  # a fast machine may finish the run sooner
+while kills < 6 and attempts < 12:  # a fast machine may finish the run sooner
     child, before = start(killed), drawn()
     while attempts > 1 and drawn() == before and os.waitpid(child, os.WNOHANG)[0] == 0:
         time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.03))
+    time.sleep(rng.uniform(0, 0.02))
     try:
         os.kill(child, signal.SIGKILL)
         kills += os.waitpid(child, 0)[1] == signal.SIGKILL

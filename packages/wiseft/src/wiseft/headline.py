@@ -53,7 +53,7 @@ _SMOKE = World(
 )
 SCALES = {
     "smoke": Scale(1, Settings(world=_SMOKE, early=2, every=2, samples=16, rl_steps=20), real=False),
-    "default": Scale(2, Settings(rl_steps=0), real=True),
+    "default": Scale(2, Settings(samples=32, rl_steps=0), real=True),
     "long": Scale(5, Settings(), real=True),
     "full": Scale(10, Settings(world=World(hidden_size=192, intermediate_size=512, layers=4, test_problems=2000)), real=True),
 }

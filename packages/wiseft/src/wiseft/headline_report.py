@@ -121,7 +121,7 @@ def training_figure(worlds: Sequence[Record], k: int) -> Figure:
 
 def histogram_figure(worlds: Sequence[Record]) -> Figure:
     """Histogram of log10 ρ of the last checkpoint, the best single epoch and WiSE-FT."""
-    figure, (axes,) = _panels(1, "success probability ρ of a problem")
+    figure, (axes,) = _panels(1, "success probability ρ of a problem", "share of problems, %")
     edges = np.linspace(-10, 0, 41)
     for name, colour in (("early_stopping", _STOPPED), ("last", _LAST), ("wise", _WISE)):
         success = np.concatenate([world["success"][name] for world in worlds])
@@ -130,13 +130,12 @@ def histogram_figure(worlds: Sequence[Record]) -> Figure:
         axes.stairs(share, edges, color=colour, linewidth=1.8, label=_NAMES[name])
     axes.xaxis.set_major_locator(FixedLocator(range(-10, 1, 2)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"≤ 1e{x:g}" if x == -10 else "1" if x == 0 else f"1e{x:g}"))
-    axes.set_ylabel("share of problems, %")
     return _with_legend(figure, axes)
 
 
 def plane_figure(worlds: Sequence[Record]) -> Figure:
     """Bias against variance of Pass@1: SFT over epochs, the last checkpoint over temperatures, and WiSE-FT."""
-    figure, panels = _panels(len(worlds), "bias  1 − E[ρ]")
+    figure, panels = _panels(len(worlds), "bias  1 − E[ρ]", "variance of ρ over problems")
     for axes, world in zip(panels, worlds, strict=True):
         for kind, style, name in (
             ("epochs", {"color": _STOPPED, "marker": "."}, "SFT, epoch by epoch"),
@@ -147,13 +146,12 @@ def plane_figure(worlds: Sequence[Record]) -> Figure:
         axes.plot(*_plane([world["models"]["wise"]]), "*", color=_WISE, markersize=13, label="WiSE-FT")
         axes.set_title(f"seed {world['seed']}", fontsize=10)
         axes.locator_params(axis="x", nbins=4)
-    panels[0].set_ylabel("variance of ρ over problems")
     return _with_legend(figure, panels[0])
 
 
 def rl_figure(worlds: Sequence[Record]) -> Figure:
     """Pass@1 against the problems that reinforcement learning has seen, by starting point."""
-    figure, panels = _panels(len(worlds), "problems seen, thousands")
+    figure, panels = _panels(len(worlds), "problems seen, thousands", "Pass@1, %")
     for axes, world in zip(panels, worlds, strict=True):
         for start, colour in (("early_stopping", _STOPPED), ("last", _LAST), ("wise", _WISE)):
             curve = world["rl"][start]
@@ -164,7 +162,6 @@ def rl_figure(worlds: Sequence[Record]) -> Figure:
                 label=f"from {_NAMES[start]}",
             )
         axes.set_title(f"seed {world['seed']}", fontsize=10)
-    panels[0].set_ylabel("Pass@1, %")
     return _with_legend(figure, panels[0])
 
 
@@ -218,6 +215,7 @@ def _votes(worlds: Sequence[Record], settings: Settings) -> list[Record]:
             "one sample": _percent(100 * world["votes"][name]["pass_at_1"] for world in worlds),
             f"majority vote@{k}": _percent(100 * world["votes"][name]["majority"] for world in worlds),
             f"Best@{k}": _percent(100 * world["votes"][name]["best"] for world in worlds),
+            f"Best@{k}, perfect reward": _percent(100 * world["votes"][name]["oracle"] for world in worlds),
         }
         for name in ("early_stopping", "last", "wise")
     ]
@@ -235,14 +233,18 @@ def _plane(records: Sequence[Record]) -> tuple[list[float], list[float]]:
     return [record["bias"] for record in records], [record["variance"] for record in records]
 
 
-def _panels(count: int, x: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(6.4, min(4.6 * count, 2.7 * count + 2)), 3.8), layout="constrained")
-    panels = [figure.add_subplot(1, count, number + 1) for number in range(count)]
+def _panels(count: int, x: str, y: str = "") -> tuple[Figure, list[Axes]]:
+    """At most three panels in a row."""
+    columns = min(count, 3)
+    height = -(-count // columns)
+    figure = Figure(figsize=(max(6.4, 3.2 * columns), 3.0 * height + 0.8), layout="constrained")
+    panels = [figure.add_subplot(height, columns, number + 1) for number in range(count)]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
     figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
     return figure, panels
 
 

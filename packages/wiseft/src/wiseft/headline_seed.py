@@ -163,7 +163,7 @@ def _votes(model: PreTrainedModel, base: PreTrainedModel, test: Problems, settin
     """Sample, and judge final answers: Pass@1, majority vote@voters and Best@voters, all over the answers (not the whole chains).
 
     The answer is the last sum. Best@k takes the sample whose text is likeliest under the base model: a reward model that all contestants
-    share, that has seen none of their training, and that costs no labels. (An oracle would give Pass@k.)
+    share, that has seen none of their training, and that costs no labels. It is a weak one: `oracle` is Best@voters with a perfect one.
     """
     texts = [test.text(problem) for problem in range(len(test.prompts))]
     problems = [Problem(str(number), prompt, _answer(chain) or "") for number, (prompt, chain) in enumerate(texts)]
@@ -185,6 +185,7 @@ def _votes(model: PreTrainedModel, base: PreTrainedModel, test: Problems, settin
         "pass_at_1": float(np.mean(correct)),
         "majority": float(majority_at_k([*answers.values()], correct, k).accuracy.mean()),
         "best": float(best_at_k([*rewards.values()], correct, k).mean()),
+        "oracle": float(best_at_k(np.asarray(correct, dtype=float), correct, k).mean()),
     }
 
 
