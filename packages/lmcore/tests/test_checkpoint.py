@@ -107,9 +107,11 @@ BROKEN = {
     "backward": (f'{{"first":{json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [8, 4]})}}}', 8, "first", "offsets"),
     "unknown dtype": ('{"first":{"dtype":"Q4","shape":[2],"data_offsets":[0,1]}}', 1, "first", "Q4"),
     "fractional shape": ('{"first":{"dtype":"F32","shape":[0.5],"data_offsets":[0,2]}}', 2, "first", "whole numbers"),
+    "dtype that is a list": ('{"first":{"dtype":[],"shape":[2],"data_offsets":[0,8]}}', 8, "first", "dtype"),
     "missing offsets": ('{"first":{"dtype":"F32","shape":[2]}}', 8, "first", "data_offsets"),
     "not JSON": ("{nonsense", 0, "", "header"),
     "a list": ("[1, 2]", 0, "", "header"),
+    "nested too deeply": ("[" * 100_000, 0, "", "header"),
 }
 
 
@@ -173,6 +175,24 @@ def test_folder_without_safetensors_says_what_to_do(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="pickled"):
         Checkpoint.open(tmp_path)
+
+
+def test_a_hub_id_is_read_from_the_cache_or_else_downloaded(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, *, allow_patterns, local_files_only):
+        asked.append((name, local_files_only))
+        if not local_files_only:
+            save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    for _ in range(2):
+        with Checkpoint.open("owner/model") as checkpoint:
+            assert list(checkpoint.tensors) == ["weight"]
+    assert asked == [("owner/model", True), ("owner/model", False), ("owner/model", True)], "a tokenizer alone is not the model"
 
 
 def test_writer_refuses_what_lies_outside_a_tensor(tmp_path):

@@ -1,5 +1,6 @@
 """linear_logprob against float64 autograd through the whole logits: values, gradients, memory."""
 
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,6 @@ from lmcore.ops.linear_logprob import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = (torch.bfloat16, torch.float16)
-SIZES = [(1, 1, 1), (1, 63, 7), (63, 5001, 33), (130, 301, 65)]  # tokens, vocabulary, dimension
 
 
 @pytest.fixture(autouse=True)
@@ -92,16 +92,16 @@ def assert_within(got, expected, allowed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("n", "v", "d"), SIZES)
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (1, 63, 7), (130, 301, 65)])
 def test_values_and_gradients_match_float64(backend, n, v, d, dtype):
     inputs = problem(n, v, d, dtype)
     assert_within(run(*inputs), *oracle(*inputs, None, rounds_dz=backend == "triton"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-def test_softcap_follows_the_bias(backend, bias, dtype):
-    inputs = problem(63, 301, 33, dtype, bias, scale=6.0)
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("v", [5001])
+def test_softcap_follows_the_bias(backend, v, dtype, bias):
+    inputs = problem(63, v, 33, dtype, bias, scale=6.0)
     assert_within(run(*inputs, softcap=5.0), *oracle(*inputs, 5.0, rounds_dz=backend == "triton"))
 
 
@@ -220,10 +220,10 @@ class Operations(TorchDispatchMode, list):
         return result
 
 
-@pytest.mark.parametrize(("module", "n", "v", "tile"), [(reference, 2048, 32000, 2**22), (kernels, 256, 2000, 2**15)])
+@pytest.mark.parametrize(("module", "n", "v", "tile"), [(reference, 2048, 32000, 2**22), (kernels, 128, 2000, 2**14)])
 def test_no_tensor_is_larger_than_a_tile_or_an_operand(module, n, v, tile, monkeypatch):
     monkeypatch.setattr(module, "TILE", tile)
-    hidden, weight, bias, target, upstream = problem(n, v, 16, requires_grad=False)
+    hidden, weight, bias, target, upstream = problem(n, v, 8, requires_grad=False)
     with Operations() as seen:
         _, logsumexp, entropy = module.forward(hidden, weight, target, bias, None, True)
         module.backward(*upstream, [hidden, weight, target, bias, logsumexp, entropy], None, [True] * 3)
@@ -248,10 +248,14 @@ print(step(1), step(2048))
 """
 
 
-def test_a_process_stays_below_half_of_one_logits_tensor():
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+def test_a_process_grows_by_six_tiles_at_most():
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+    }  # freed tiles go back at once: the peak is what lives together
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment)
     before, after = (int(kibibytes) * 1024 for kibibytes in run.stdout.split())
-    assert after - before < 2048 * 32000 * 4 / 2
+    assert after - before < 6 * reference.TILE * 4 < 2048 * 32000 * 4 / 2  # half of one tensor of logits
 
 
 def test_a_llama_has_the_log_probabilities_of_its_own_logits():

@@ -173,6 +173,7 @@ def test_the_normal_table_is_pinned_and_antisymmetric():
     digest = hashlib.sha256(table.astype("<f4").tobytes()).hexdigest()
     assert digest == "ffb734fc1fbac07335f642226a35e0fd14572eab3821873015374a1482d734e4"
     assert np.array_equal(table, -table[::-1])
+    assert not table.flags.writeable, "all callers share it"
     assert (np.diff(table) > 0).all()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lmcore.errors import UserError
-from lmcore.record import environment, published, write_atomically, write_json
+from lmcore.record import Run, environment, published, write_atomically, write_json
 
 
 def test_json_of_arrays_paths_and_dataclasses(tmp_path):
@@ -52,6 +52,51 @@ def test_second_writer_of_the_same_folder_is_refused(tmp_path):
     with published(tmp_path / "out"), pytest.raises(UserError, match="another process"), published(tmp_path / "out"):
         pass
     assert (tmp_path / "out").exists()
+
+
+def test_an_error_inside_the_block_is_the_callers_and_clears_what_was_written(tmp_path):
+    with pytest.raises(BlockingIOError, match="theirs"), published(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        raise BlockingIOError("theirs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path):
+    (tmp_path / "out").write_text("1")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is a file"), published(tmp_path / "out", overwrite=overwrite):
+            pass
+    assert (tmp_path / "out").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "target")
+    with published(tmp_path / "out", overwrite=True) as folder:
+        (folder / "a").write_text("1")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "target" / "a").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    rate: float = 0.1
+    seed: int = 0
+
+
+def test_a_run_folder_says_what_ran_and_goes_on_under_the_same_config_alone(tmp_path):
+    for step in (1, 2):
+        Run(tmp_path, Config(), seed=5).log(step=step, loss=np.float32(0.5))
+    Run(tmp_path, Config(), seed=5).finish({"loss": 0.5})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"rate": 0.1, "seed": 5}
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"loss": 0.5}
+    assert "versions" in json.loads((tmp_path / "environment.json").read_text())
+    for config, seed in ((Config(rate=0.2), 5), (Config(), 6)):
+        with pytest.raises(UserError, match="other options"):
+            Run(tmp_path, config, seed=seed)
 
 
 KEEP_REPLACING = """

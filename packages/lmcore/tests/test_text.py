@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 
 from lmcore.errors import UserError
 from lmcore.models import tiny_llama
-from lmcore.text import bpe_tokenizer, character_tokenizer, music, prose, tokens
+from lmcore.text import bpe_tokenizer, character_tokenizer, prose, tokens
 
 TEXTS = ["The cat sat on the mat.", "the cat  12", "naïve\r\n漢字\t<eos>", "a" * 300, "é\u0301 🙂", ""]
 DOCUMENTS = [f"document {i} of the corpus" for i in range(400)]
@@ -127,15 +127,6 @@ def test_prose_reads_a_real_package():
     assert list(prose(packages=["tqdm"]).items()) == list(found.items())
 
 
-def test_music_is_the_distinct_tunes_of_the_package(install):
-    first, second = "X:1\nT: Höhe\nK:G\nGABc|\n", "X: 2\nT: Second\nK:D\nd4|\n"
-    install("music21", {"__init__.py": "", "corpus/a.abc": f"% a book\n\n{first}\n{second}", "corpus/b.abc": f"{second}\n\n"})
-    assert music() == {first: "music21/corpus/a.abc", second: "music21/corpus/a.abc"}
-
-
-def test_a_corpus_whose_package_is_not_installed_is_an_error_that_names_it(monkeypatch):
+def test_a_corpus_whose_package_is_not_installed_is_an_error_that_names_it():
     with pytest.raises(UserError, match="pip install no_such_package"):
         prose(packages=["no_such_package"])
-    monkeypatch.setattr("lmcore.packaged.find_spec", lambda package: None)
-    with pytest.raises(UserError, match="pip install music21"):
-        music()

@@ -12,17 +12,15 @@ from typing import Any
 def pick(package: str, *tensors: Any) -> ModuleType:
     """Import and return the module beside the op `package` that should run on `tensors`.
 
-    CUDA tensors go to `triton`; CPU tensors to `numba` where the op has it, else to `reference`. The environment variable
-    `LMCORE_BACKEND=reference|numba|triton`, read at each call, overrides: that is how the Triton interpreter is chosen (together with
-    `TRITON_INTERPRET=1`). Where the op lacks the asked-for back end, the reference runs and a warning says so once.
+    CUDA tensors go to `triton`; CPU tensors to `numba` where the op has it, else to `reference`. `LMCORE_BACKEND=reference|numba|triton`,
+    read at each call, overrides: with `TRITON_INTERPRET=1`, that is how the Triton interpreter is chosen. Where the op lacks the asked-for
+    back end, the reference runs and a warning says so once. Raises: `ValueError` for an unknown back end in `LMCORE_BACKEND`.
 
     >>> pick("lmcore.ops.linear_logprob", torch.zeros(1)).__name__
     'lmcore.ops.linear_logprob.reference'
-
-    Raises: `ValueError` for an unknown back end in `LMCORE_BACKEND`.
     """
-    on_gpu = any(tensor.is_cuda for tensor in tensors)
-    wanted = os.environ.get("LMCORE_BACKEND") or ("triton" if on_gpu else "numba" if _has(package, "numba") else "reference")
+    usual = "triton" if any(tensor.is_cuda for tensor in tensors) else "numba" if _has(package, "numba") else "reference"
+    wanted = os.environ.get("LMCORE_BACKEND") or usual
     if wanted not in ("reference", "numba", "triton"):
         raise ValueError(f"LMCORE_BACKEND={wanted!r} is not one of reference, numba, triton")
     if not _has(package, wanted):

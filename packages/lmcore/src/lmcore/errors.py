@@ -2,7 +2,4 @@
 
 
 class UserError(Exception):
-    """Input that cannot be used: the message names the file, tensor or line and says what to do.
-
-    A command prints it as one line on stderr and exits 2 (`lmcore.cli`); anything else that escapes is a bug.
-    """
+    """Input that cannot be used: the message names the file, tensor or line and says what to do (see `lmcore.cli.main`)."""

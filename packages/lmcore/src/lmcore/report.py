@@ -8,7 +8,8 @@ from typing import Any
 
 from lmcore.record import write_atomically
 
-_STYLE = """<style>
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
@@ -18,7 +19,7 @@ figcaption, caption { font-size: .9rem; opacity: .8; text-align: left; padding: 
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; margin: 1rem 0; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } th { background: var(--soft); }
-</style></head><body>"""
+</style>"""
 
 
 class Page:
@@ -31,8 +32,8 @@ class Page:
     """
 
     def __init__(self, title: str, lead: str = ""):
-        head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        self._parts = [f"{head}<title>{html.escape(title)}</title>{_STYLE}", f"<h1>{html.escape(title)}</h1>"]
+        escaped = html.escape(title)
+        self._parts = [f"{_HEAD}<title>{escaped}</title></head><body>", f"<h1>{escaped}</h1>"]
         if lead:
             self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
 

@@ -88,7 +88,7 @@ def prose(*, packages: Sequence[str] = ("numpy", "torch", "transformers")) -> di
         found: dict[str, str] = {}
         for folder in folders:
             for path in sorted(folder.rglob("*.py")):
-                with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError, ValueError):  # for other Pythons
+                with warnings.catch_warnings(action="ignore"), contextlib.suppress(SyntaxError, ValueError):  # other Pythons'
                     for node in ast.walk(ast.parse(path.read_bytes())):
                         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                             source = f"{path.relative_to(folder.parent).as_posix()}:{getattr(node, 'lineno', 1)}"

@@ -69,7 +69,9 @@ def normal_table() -> np.ndarray:
     # Between a and b x² averages (a² + ab + b²) / 3. The outermost b makes this 1 over all 32768 bins of a side.
     missing = 3 * 32768 - np.sum(q[:-1] ** 2 + q[:-1] * q[1:] + q[1:] ** 2)
     upper = np.append(q, ((4 * missing - 3 * q[-1] ** 2) ** 0.5 - q[-1]) / 2).astype(np.float32)
-    return np.concatenate([-upper[:0:-1], upper])
+    table = np.concatenate([-upper[:0:-1], upper])
+    table.flags.writeable = False  # all callers share it
+    return table
 
 
 def _draw(kind: str, seed: int, name: str, size: int, start: int, device: "torch.device | str") -> "torch.Tensor":

@@ -43,4 +43,4 @@ def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 @cache
 def table(device: torch.device) -> Tensor:
     """Return the `normal_table` on a device."""
-    return torch.from_numpy(normal_table()).to(device)
+    return torch.tensor(normal_table(), device=device)

@@ -1,5 +1,6 @@
 """Philox4x32-10 in Triton. Kernels that call `words` and `as_normal` need `enable_fp_fusion=False` to get the same bits."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -9,7 +10,9 @@ from lmcore.random.reference import table
 def fill(out, kind, key, start):
     """Overwrite `out` with the numbers from flat index `start` on."""
     grid = (triton.cdiv(start % 4 + len(out), 2048),)  # the words of 512 counters
-    _fill[grid](out, out.stride(0), table(out.device), key[0] | key[1] << 32, start, len(out), kind, enable_fp_fusion=False)
+    key = key[0] | key[1] << 32
+    with torch.cuda.device_of(out):
+        _fill[grid](out, out.stride(0), table(out.device), key, start, len(out), kind, enable_fp_fusion=False)
 
 
 @triton.jit
