@@ -1,6 +1,5 @@
 """How many samples of each candidate are correct on each problem, drawn when asked for and kept in a file."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from wiseft.decoding import Decoding
 from wiseft.generation import Chat, batches, complete, requests_for
 from wiseft.interpolate import interpolate_
 from wiseft.problems import Problem
+from wiseft.resumable import locked
 from wiseft.verifiers import Verdict
 
 
@@ -140,16 +140,8 @@ class Ledger:
 
         Raises: `UserError` if another process has it open, or if it belongs to a run with another configuration.
         """
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out} is not a folder: choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "counts.jsonl", "a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is writing {out}: wait for it or choose another --out") from None
+        with locked(out / "counts.jsonl") as file:
             _require_same_run(out / "run.json", config)
-            file.seek(0)
             yield cls(file)
 
     def get(self, candidate: Candidate, problem: Problem) -> Count | None:

@@ -1,6 +1,7 @@
 """Everything the headline measures for one seed: the world, SFT, WiSE-FT, decoding, votes and reinforcement learning."""
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from wiseft.arithmetic import TOKENIZER, Problems, StateDict, World, copy_weights, finetune, pretrain, split
+from wiseft.arithmetic import TOKENIZER, Problems, StateDict, World, finetune, pretrain, split
 from wiseft.decoding import Decoding
 from wiseft.exact import ExactPassAtK, chain_log_probability, exact_pass_at_k
 from wiseft.generation import batches, complete, requests_for
@@ -69,28 +70,28 @@ def _measure(settings: Settings, seed: int, folder: Path) -> Record:
     world = settings.world
     train, test = split(world, seed)
     model = pretrain(world, seed)
+    base = deepcopy(model)
     checkpoints = finetune(world, model, train, seed)
     early, last = checkpoints[settings.early], checkpoints[-1]
-    evaluated = range(0, world.epochs + 1, settings.every)
 
     def load(weights: StateDict) -> PreTrainedModel:
         model.load_state_dict(weights)
         return model
 
-    def interpolated(late: StateDict) -> StateDict:
-        return copy_weights(interpolate_(model, early, late, settings.delta))
-
-    epochs = [{"epoch": epoch, **_record(exact(load(checkpoints[epoch]), test))} for epoch in evaluated]
-    wise_epochs = [
-        {"epoch": epoch, **_record(exact(load(interpolated(checkpoints[epoch])), test))}
-        for epoch in evaluated
-        if epoch > settings.early
-    ]
+    epochs, wise_epochs = [], []
+    for epoch in range(0, world.epochs + 1, settings.every):
+        epochs.append({"epoch": epoch, **_record(exact(load(checkpoints[epoch]), test))})
+        if epoch > settings.early:
+            interpolate_(model, early, checkpoints[epoch], settings.delta)
+            wise_epochs.append({"epoch": epoch, **_record(exact(model, test))})
     stopped = max(epochs[1:], key=lambda epoch: epoch["pass_at_k"][KS.index(64)])["epoch"]
-    wise = interpolated(last)
-    _check_merge_on_disk(model, early, last, wise, settings.delta, folder)
-    weights = {"base": checkpoints[0], "early": early, "early_stopping": checkpoints[stopped], "last": last, "wise": wise}
-
+    weights = {
+        "base": checkpoints[0],
+        "early": early,
+        "early_stopping": checkpoints[stopped],
+        "last": last,
+        "wise": _merged_on_disk(model, early, last, settings.delta, folder),
+    }
     found = {name: exact(load(state), test) for name, state in weights.items()}
     temperatures = [
         {"temperature": value, **_record(exact(load(last), test, Decoding(temperature=value)))} for value in TEMPERATURES
@@ -99,10 +100,12 @@ def _measure(settings: Settings, seed: int, folder: Path) -> Record:
         {"setting": _describe(chosen), **{name: _record(exact(load(weights[name]), test, chosen)) for name in ("last", "wise")}}
         for chosen in DECODINGS
     ]
+    equal_bias = _at_bias(load(last), test, found["wise"].bias, temperatures)
     contestants = ("last", "early_stopping", "wise")
-    base = type(model)(model.config)
-    base.load_state_dict(checkpoints[0])
-    base.eval()
+    votes = {name: _votes(load(weights[name]), base, test, settings, seed) for name in contestants}
+    rl = None
+    if settings.rl_steps:
+        rl = {name: _reinforce(load(weights[name]), test, settings, seed) for name in contestants}
     return {
         "early_stopping_epoch": stopped,
         "epochs": epochs,
@@ -111,11 +114,9 @@ def _measure(settings: Settings, seed: int, folder: Path) -> Record:
         "success": {name: found[name].success.tolist() for name in contestants},
         "temperatures": temperatures,
         "decoding": decoding,
-        "equal_bias": _at_bias(load(last), test, found["wise"].bias, temperatures),
-        "votes": {name: _votes(load(weights[name]), base, test, settings, seed) for name in contestants},
-        "rl": {name: _reinforce(load(weights[name]), test, settings, seed) for name in contestants}
-        if settings.rl_steps
-        else None,
+        "equal_bias": equal_bias,
+        "votes": votes,
+        "rl": rl,
     }
 
 
@@ -128,19 +129,15 @@ def _record(found: ExactPassAtK) -> Record:
     return {"pass_at_k": found.pass_at_k.tolist(), "bias": found.bias, "variance": found.variance}
 
 
-def _check_merge_on_disk(
-    model: PreTrainedModel, early: StateDict, last: StateDict, wise: StateDict, delta: float, folder: Path
-) -> None:
-    """Save both ends, merge them as `wiseft merge` does, and require that transformers loads the weights measured here."""
+def _merged_on_disk(model: PreTrainedModel, early: StateDict, last: StateDict, delta: float, folder: Path) -> StateDict:
+    """Save both ends as real checkpoints, merge them as `wiseft merge` does, and load the result with transformers."""
     for name, weights in {"early": early, "last": last}.items():
         model.load_state_dict(weights)
         model.save_pretrained(folder / name)
         TOKENIZER.save_pretrained(folder / name)
     merge(folder / "early", folder / "last", folder / "wise", delta=delta, overwrite=True)
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "wise").state_dict()
-    different = [name for name in wise if not torch.equal(loaded[name], wise[name])]
-    if different:
-        raise RuntimeError(f"{folder / 'wise'}: {different[0]} is not what interpolate_ gives")
+    loaded: StateDict = AutoModelForCausalLM.from_pretrained(folder / "wise").state_dict()
+    return loaded
 
 
 def _at_bias(model: PreTrainedModel, test: Problems, bias: float, temperatures: Sequence[Record]) -> Record:

@@ -9,6 +9,7 @@ import tyro
 from lmcore.cli import Command
 from lmcore.errors import UserError
 from wiseft.formats import Format
+from wiseft.tables import print_table
 
 if TYPE_CHECKING:
     from wiseft.samples import Samples
@@ -95,13 +96,13 @@ class PassK(Command):
         level = f"{self.level:.0%}"
         for model in result["models"]:
             print(moments_line(model))
-            _print_table(model_rows(model, result["k"], level))
+            print_table(model_rows(model, result["k"], level))
             for line in needed_lines(model):
                 print(line)
             print()
         if result["comparison"]:
             print(" minus ".join(model["name"] for model in result["models"]))
-            _print_table(comparison_rows(result, level))
+            print_table(comparison_rows(result, level))
             print()
         print(f"wrote {self.out / 'index.html'}")
 
@@ -183,10 +184,3 @@ def _names(files: list[Path]) -> list[str]:
     stems = [file.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json") for file in files]
     folders = [f"{file.parent.name}/{stem}" for file, stem in zip(files, stems, strict=True)]
     return next((names for names in (stems, folders) if len(set(names)) == len(files)), [str(file) for file in files])
-
-
-def _print_table(rows: list[dict[str, str]]) -> None:
-    width = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
-    print("  ".join(f"{column:>{width[column]}}" for column in width))
-    for row in rows:
-        print("  ".join(f"{row[column]:>{width[column]}}" for column in width))

@@ -1,11 +1,9 @@
 """Judged samples of a model, in a file that a killed run continues to the same bytes: the work of `wiseft sample`."""
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -20,7 +18,8 @@ from wiseft import generation, vllm_generation
 from wiseft.decoding import Decoding
 from wiseft.generation import Chat, Completion, Request, requests_for
 from wiseft.problems import Problem
-from wiseft.verifiers import Verdict, gsm8k
+from wiseft.resumable import locked
+from wiseft.verifiers import Verdict, gsm8k, require_readable
 
 Verifier = Callable[[str, str], Verdict]
 
@@ -62,7 +61,7 @@ def sample(
     if not 0 <= seed < 2**64:
         raise UserError(f"seed is {seed}: it must be in [0, 2^64)")
     references = {problem.id: problem.answer for problem in problems}
-    _require_readable(references, verifier)
+    require_readable(problems, verifier)
     engine = vllm_generation if type(model).__module__.partition(".")[0] == "vllm" else generation
     requests = requests_for(problems, tokenizer, n=n, template=template, chat=chat)
     config = {
@@ -79,7 +78,7 @@ def sample(
     }
     plan = engine.batches(requests, batch_size)
     drawn, seconds = 0, 0.0
-    with _samples_file(out) as file:
+    with locked(out / "samples.jsonl") as file:
         _settle_configuration(out / "run.json", config, file, overwrite)
         done = _keep_whole_batches(file, plan, out / "samples.jsonl")
         for batch in tqdm(plan[done:], desc="sample", unit="batch", initial=done, total=len(plan), disable=None):
@@ -114,32 +113,8 @@ def _require_at_least_one(**settings: int) -> None:
             raise UserError(f"{name} is {value}: it must be at least 1")
 
 
-def _require_readable(references: dict[str, str], verifier: Verifier) -> None:
-    """Hours of sampling must not end at a reference that no verdict can be based on."""
-    for problem, reference in references.items():
-        try:
-            verifier("", reference)
-        except UserError as error:
-            raise UserError(f"problem {problem!r}: {error}") from None
-
-
 def _digest(value: Any) -> str:
     return blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
-
-
-@contextmanager
-def _samples_file(out: Path) -> Iterator[BinaryIO]:
-    """The open samples file, locked so that no second process draws into it."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is not a folder: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "samples.jsonl", "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is sampling into {out}: wait for it or choose another --out") from None
-        file.seek(0)
-        yield file
 
 
 def _settle_configuration(path: Path, config: dict[str, Any], file: BinaryIO, overwrite: bool) -> None:

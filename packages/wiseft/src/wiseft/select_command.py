@@ -7,6 +7,7 @@ from typing import Any, Literal
 import tyro
 
 from lmcore.cli import Command
+from wiseft.tables import print_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +112,9 @@ class Select(Command):
         )
 
         print(decision_text(result))
-        _print_table(candidate_rows(result))
+        print_table(candidate_rows(result))
         print(spent_text(result))
         print(held_out_text(result))
-        _print_table(held_out_rows(result))
-        _print_table(barrier_rows(result))
+        print_table(held_out_rows(result))
+        print_table(barrier_rows(result))
         print(f"wrote {self.out / 'index.html'}")
-
-
-def _print_table(rows: list[dict[str, str]]) -> None:
-    for row in [{column: column for column in rows[0]}, *rows] if rows else []:
-        width = {column: max(len(column), *(len(row[column]) for row in rows)) for column in row}
-        print("  ".join(f"{cell:<{width[column]}}" for column, cell in row.items()))
-    print()

@@ -26,7 +26,7 @@ from wiseft.problems import Problem
 from wiseft.racing import Race, mean_interval
 from wiseft.selection_report import write_report
 from wiseft.summary import summarize
-from wiseft.verifiers import Verdict, gsm8k
+from wiseft.verifiers import Verdict, gsm8k, require_readable
 
 _BARRIER_PROBLEMS = 64
 
@@ -92,7 +92,7 @@ def select(
     sources = labelled(early)
     candidates = candidates_of(sources, delta, temperature)
     raced, held_out = _split(problems, holdout, block, seed)
-    _require_readable(problems, verifier)
+    require_readable(problems, verifier)
     _require_fit(late, sources.values(), delta)
 
     sampling = Sampling(
@@ -266,15 +266,6 @@ def _require_in_range(
     ):
         if not holds:
             raise UserError(f"{name} is {value}: it must be {rule}")
-
-
-def _require_readable(problems: Sequence[Problem], verifier: Callable[[str, str], Verdict]) -> None:
-    """Hours of sampling must not end at a reference that no verdict can be based on."""
-    for problem in problems:
-        try:
-            verifier("", problem.answer)
-        except UserError as error:
-            raise UserError(f"problem {problem.id!r}: {error}") from None
 
 
 def _require_fit(late: str | Path, early: Iterable[str | Path], delta: Sequence[float]) -> None:

@@ -1,13 +1,14 @@
 """Is a completion correct? A verifier finds its final answer and compares it with the reference."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from typing import Any
 
 from lmcore.errors import UserError
+from wiseft.problems import Problem
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,15 @@ VERIFIERS: dict[str, Callable[[str, str], Verdict]] = {"gsm8k": gsm8k, "boxed": 
 
 # A minus is a sign unless it stands behind a digit, a letter or a bracket: "16-3" ends in 3.
 _NUMBER = re.compile(r"(?:(?<![\w)\]])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def require_readable(problems: Sequence[Problem], verifier: Callable[[str, str], Verdict]) -> None:
+    """Raise a `UserError` that names the first problem whose reference no verdict can be based on: before hours of sampling."""
+    for problem in problems:
+        try:
+            verifier("", problem.answer)
+        except UserError as error:
+            raise UserError(f"problem {problem.id!r}: {error}") from None
 
 
 def _number(text: str) -> str | None:

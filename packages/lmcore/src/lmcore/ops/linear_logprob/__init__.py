@@ -38,11 +38,12 @@ def linear_logprob(
     Shapes: `hidden` [n, d], `weight` [V, d], `target` [n] int64, `bias` [V], any strides; the results [n], not reduced.
     No label is ignored: select the tokens that count before the call, and the others cost nothing.
     Dtypes: `hidden`, `weight` and `bias` share float32, bfloat16, float16 or float64; float64 runs on the reference everywhere. Arithmetic
-    and results are float32 (float64 for float64); gradients are rounded once at the end, and on a GPU the logits' gradients to a half dtype
-    too, as in the backward of the head itself: float16 wants its usual loss scaling. Differentiable once; no atomics, so deterministic.
-    Cost: 2 n V d FLOPs forward; backward 2 n V d to recompute the logits and 2 n V d for each matrix's gradient, where it is needed. Beyond
-    inputs and results: some tiles of `reference.TILE` logits or one of `triton.TILE`, floats per token, float32 copies of half inputs.
-    Kernels fuse product, bias, softcap, logsumexp, entropy and choice of the target. `torch.compile` takes the op whole: no graph break.
+    and results are float32 (float64 for float64). Gradients (first order only, and only those needed) are rounded once at the end; kernels
+    also round the logits' gradients to a half dtype, as the backward of the head itself would: float16 wants its usual loss scaling.
+    Cost: 2 n V d FLOPs forward; backward 2 n V d to recompute the logits, 2 n V d per matrix gradient. The limit is arithmetic; for
+    few tokens, reading the weight. Memory beyond inputs and results: some tiles of `reference.TILE` logits or one of `triton.TILE`, floats
+    per token, float32 copies of half inputs. Kernels fuse product, bias, softcap, logsumexp, entropy and choice of the target.
+    `torch.compile` takes the op whole: no graph break.
     Raises: `ValueError` naming the argument whose shape, dtype or device does not fit, or a target outside [0, V). On a GPU, where
     checking targets would wait for them, the log-probability of such a target is NaN. Logits must be finite.
     Source: recomputed logits as in Cut Your Losses (Wijmans et al. 2024); online logsumexp after Milakov and Gimelshein 2018.
