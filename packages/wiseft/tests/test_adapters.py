@@ -8,7 +8,7 @@ import torch
 
 from lmcore.errors import UserError
 from lmcore.models import tiny_llama
-from wiseft.merging import merge
+from wiseft.merging import merge, soup
 from wiseft.verification import verify
 
 peft = pytest.importorskip("peft")
@@ -64,6 +64,20 @@ def test_full_rank_truncation_keeps_the_product_and_a_smaller_one_says_what_it_l
     assert verify(tmp_path / "small")["equal"]
 
 
+def test_verify_notices_an_edited_adapter_and_factors_are_never_averaged(pair, tmp_path):
+    early, late = pair
+    merge(*pair, tmp_path / "out")
+    path = tmp_path / "out" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": 80}))
+    with pytest.raises(UserError, match="was edited"):
+        verify(tmp_path / "out")
+    merge(*(folder / "adapter_model.safetensors" for folder in pair), tmp_path / "from-files")
+    assert added(tmp_path / "from-files").keys() == added(early).keys()
+    with pytest.raises(UserError, match="holds LoRA factors"):
+        soup([early, late], tmp_path / "soup")
+
+
 def test_several_deltas_and_wrong_inputs(pair, tmp_path):
     early, late = pair
     assert len(merge(early, late, tmp_path / "many", delta=[0.2, 0.8])["outputs"]) == 2
@@ -76,6 +90,10 @@ def test_several_deltas_and_wrong_inputs(pair, tmp_path):
         ({"peft_type": "IA3"}, "IA3"),
         ({"base_model_name_or_path": "x"}, "base"),
     ]:
+        (early / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=words):
+            merge(early, late, tmp_path / "out")
+    for change, words in [({"init_lora_weights": "pissa"}, "pissa"), ({"lora_alpha": None}, "lora_alpha")]:
         (early / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=words):
             merge(early, late, tmp_path / "out")

@@ -85,7 +85,11 @@ def test_several_deltas_equal_single_merges(pair, tmp_path):
     merge(early, late, tmp_path / "many", delta=[0.3, 0.125])
     for delta, name in [(0.3, "delta-0.30"), (0.125, "delta-0.125")]:
         merge(early, late, tmp_path / name, delta=delta)
-        for path in (tmp_path / name).iterdir():
+        recipes = [json.loads((place / "wiseft.json").read_text()) for place in (tmp_path / name, tmp_path / "many" / name)]
+        for source in (*recipes[0]["sources"], *recipes[1]["sources"]):
+            source.pop("path")  # the way from the output, which lies elsewhere
+        assert recipes[0] == recipes[1]
+        for path in set((tmp_path / name).iterdir()) - {tmp_path / name / "wiseft.json"}:
             assert path.read_bytes() == (tmp_path / "many" / name / path.name).read_bytes(), path.name
 
 
@@ -246,13 +250,11 @@ def test_killed_merge_is_repeated_byte_for_byte(pair, tmp_path):
     early, late = pair
     code = "import sys; from wiseft import merge; print('ready', flush=True); merge(*sys.argv[1:], delta=[0.3, 0.5], overwrite=True)"
     command = [sys.executable, "-c", code, early, late, tmp_path / "work" / "out"]
-    merge(early, late, tmp_path / "truth", delta=[0.3, 0.5])
-    truth = {
-        path.relative_to(tmp_path / "truth"): path.read_bytes() for path in (tmp_path / "truth").rglob("*") if path.is_file()
-    }
+    out = tmp_path / "work" / "out"
     started = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     whole = time.monotonic() - started
+    truth = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     moments = random.Random(0)
     for _ in range(6):
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -262,7 +264,6 @@ def test_killed_merge_is_repeated_byte_for_byte(pair, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        out = tmp_path / "work" / "out"
         found = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         assert found == truth, "under --overwrite the old output or the new one is there, whole"
     subprocess.run(command, check=True, capture_output=True)
@@ -272,3 +273,95 @@ def test_killed_merge_is_repeated_byte_for_byte(pair, tmp_path):
 def test_merging_imports_no_torch(pair, tmp_path):
     code = "import sys; from wiseft.merging import merge; merge(*sys.argv[1:4]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *pair, tmp_path / "out"], check=True)
+
+
+def test_single_files_are_checked_like_their_folders(pair, tmp_path):
+    early, late = pair
+    merge(early / "model.safetensors", late, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+    config = json.loads((early / "config.json").read_text())
+    (early / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UserError, match="gptq"):
+        merge(early / "model.safetensors", late, tmp_path / "other")
+    (early / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    merge(early / "model.safetensors", late, tmp_path / "other")
+    loose = tmp_path / "elsewhere" / "loose.safetensors"
+    loose.parent.mkdir()
+    change(late)
+    loose.write_bytes((late / "model.safetensors").read_bytes())
+    (loose.parent / "secret.json").write_text("{}")
+    merge(early, loose, tmp_path / "elsewhere" / "out")
+    assert not (tmp_path / "elsewhere" / "out" / "secret.json").exists(), "a loose file brings nothing along"
+
+
+def test_overwriting_deletes_nothing_but_earlier_merges(pair, tmp_path):
+    early, late = pair
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "important").write_text("work")
+    with pytest.raises(UserError, match="was not written by wiseft"):
+        merge(early, late, mine, overwrite=True)
+    assert (mine / "important").read_text() == "work"
+
+
+def test_outputs_that_hold_an_input_through_a_link_are_refused(pair, tmp_path):
+    early, late = pair
+    store, view = tmp_path / "store", tmp_path / "view"
+    early.rename(store)
+    view.mkdir()
+    for path in store.iterdir():
+        (view / path.name).symlink_to(path)
+    with pytest.raises(UserError, match="into the input"):
+        merge(view, late, store, overwrite=True)
+
+
+def test_tied_and_untied_models_are_not_mixed(tmp_path):
+    tied, untied = save(tmp_path / "tied", 1, tie=True), save(tmp_path / "untied", 2, tie=False)
+    for missing in ("error", "early", "late"):
+        with pytest.raises(UserError, match="ties its head"):
+            merge(tied, untied, tmp_path / "out", missing=missing)
+
+
+def test_results_that_the_dtype_cannot_hold_are_refused(pair, tmp_path):
+    early, late = pair
+    change(early, model__norm__weight=torch.full((64,), 1e30, dtype=torch.bfloat16))
+    with pytest.raises(UserError, match=r"norm\.weight has values near element 0 that F16 cannot hold"):
+        merge(early, late, tmp_path / "out", dtype="float16")
+
+
+def test_rows_that_changed_their_token_are_warned_of(pair, tmp_path):
+    early, late = pair
+    (late / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "c": 1}}, "added_tokens": None}))
+    with pytest.warns(UserWarning, match="1 rows have another token in LATE: row 1 is 'b', then 'c'"):
+        merge(early, late, tmp_path / "out")
+    (late / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [1, 2]}}))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        merge(early, late, tmp_path / "other")
+
+
+def test_verify_finds_moved_inputs_and_edited_recipes(pair, tmp_path, monkeypatch):
+    early, late = pair
+    monkeypatch.chdir(tmp_path)
+    merge("early", "late", "out")
+    monkeypatch.chdir("/")
+    assert verify(tmp_path / "out")["equal"], "relative sources are found from the output"
+    recipe = json.loads((tmp_path / "out" / "wiseft.json").read_text())
+    edits = [{"digest": "0" * 64}, {"options": None}, {"sources": "early"}, {"options": recipe["options"] | {"delta": "x"}}]
+    for edit in edits:
+        (tmp_path / "out" / "wiseft.json").write_text(json.dumps(recipe | edit))
+        with pytest.raises(UserError):
+            verify(tmp_path / "out")
+    (tmp_path / "out" / "wiseft.json").write_text(json.dumps(recipe))
+    early.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="has moved: name it with --sources"):
+        verify(tmp_path / "out")
+    assert verify(tmp_path / "out", [tmp_path / "moved", late])["equal"]
+
+
+@pytest.mark.parametrize("deltas", [[], [0.5, 0.5], [0.5, "x"], "half"], ids=str)
+def test_deltas_must_be_numbers_at_least_one_and_different(deltas, pair, tmp_path):
+    code = "import sys, json; from wiseft import merge; merge(*sys.argv[1:4], delta=json.loads(sys.argv[4]))"
+    command = [sys.executable, "-c", code, *pair, tmp_path / "out", json.dumps(deltas)]
+    done = subprocess.run(command, capture_output=True, text=True)  # apart from the tests' own checks of types
+    assert done.returncode
+    assert "UserError" in done.stderr

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wiseft import passk
 from wiseft.budget import samples_needed, within_variance
 from wiseft.comparison import compare, sign_flip
 from wiseft.intervals import bootstrap, unanimous_interval
@@ -27,6 +28,17 @@ def test_estimates_equal_exact_fractions(n):
     for (i, c), (j, k) in itertools.product(enumerate(correct), enumerate(ks)):
         exact = 1 - Fraction(comb(n - c, k), comb(n, k))
         assert abs(Fraction(float(found[i, j])) - exact) < Fraction(1, 10**12)
+
+
+def test_many_samples_with_few_correct_cost_little():
+    assert pass_at_k(10**9, [0, 5], [1, 10**8])[1] == pytest.approx([5e-9, 1 - 0.9**5], rel=1e-7)
+
+
+def test_a_table_in_parts_gives_the_same_estimates(monkeypatch):
+    correct, ks = np.arange(41), np.arange(1, 41)
+    whole = pass_at_k(40, correct, ks)
+    monkeypatch.setattr(passk, "_TABLE_NUMBERS", 100)  # two columns at a time
+    assert np.array_equal(pass_at_k(40, correct, ks), whole)
 
 
 def test_estimate_is_the_share_of_subsets_with_a_correct_sample():
@@ -80,6 +92,9 @@ def test_estimates_are_unbiased_under_simulation():
         ([8, 4], [1, 1.5], 2, r"correct\[1\] is 1.5: it must be an integer"),
         ([8.0, float("nan")], [1, 1], 2, r"samples\[1\] is nan"),
         ([8, 0], [1, 0], 1, "problem 1 has no samples"),
+        ([8, 2**62], [1, 1], 1, r"samples\[1\] is 4611686018427387904: it must be below 2\^31"),
+        (np.array([8, 2**63], np.uint64), [1, 1], 1, r"samples\[1\] is 9223372036854775808"),
+        ([8, float("inf")], [1, 1], 1, r"samples\[1\] is inf"),
         ([8, 4], [True, False], 1, "correct must be integers, got bool"),
         (8, 1, 0, "k = 0: it must be at least 1"),
         (8, 1, [2, -3], r"k\[1\] is -3"),

@@ -105,6 +105,45 @@ def test_same_command_gives_the_same_bytes_and_replaces_only_when_told(models, t
     assert (command.out / "result.json").read_bytes() == before["result.json"]
 
 
+def test_an_out_that_holds_an_input_is_refused(models, tmp_path):
+    data, links = tmp_path / "data", tmp_path / "links"
+    data.mkdir()
+    links.mkdir()
+    first, second = data / "wise.jsonl", links / "late.jsonl"
+    models[0].rename(first)
+    second.symlink_to(models[1])
+    (tmp_path / "alias").symlink_to(data)
+    (data / "result.json").touch()  # so that only the inputs speak against the folder
+    (data / "index.html").touch()
+    for out in (data, tmp_path / "alias", data / "..", tmp_path, links, Path("/")):
+        with pytest.raises(UserError, match=r"holds, the folder of the input .*: choose another --out"):
+            PassK(files=(first,), compare=(second,), out=out, overwrite=True, **QUICK).run()
+    assert first.exists()
+    assert second.is_symlink()
+    PassK(files=(first,), compare=(second,), out=data / "report", overwrite=True, **QUICK).run()
+    assert (data / "report" / "index.html").exists()
+
+
+def test_overwrite_replaces_nothing_but_a_report(models, tmp_path):
+    thesis, empty = tmp_path / "thesis", tmp_path / "empty"
+    thesis.mkdir()
+    empty.mkdir()
+    (thesis / "result.json").write_text("mine")
+    with pytest.raises(UserError, match="holds files but no report of passk: remove it or choose another"):
+        PassK(files=models[:1], out=thesis, overwrite=True, **QUICK).run()
+    assert (thesis / "result.json").read_text() == "mine"
+    PassK(files=models[:1], out=empty, overwrite=True, **QUICK).run()
+    assert (empty / "index.html").exists()
+
+
+def test_a_model_can_be_compared_with_itself(models, tmp_path):
+    command = PassK(files=models[:1], compare=(models[0].parent / "." / models[0].name,), out=tmp_path / "out", **QUICK)
+    result = command.run()
+    assert [model["name"] for model in result["models"]] == ["wise (1)", "wise (2)"]
+    assert {row["value"] for row in result["comparison"]["pass_at_k"]} == {0.0}
+    command.show(result)
+
+
 def test_bad_input_leaves_nothing_behind(models, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"problem": 1, "n": 4}\n')
     (tmp_path / "mute.jsonl").write_text('{"problem": 1, "correct": true}\n{"problem": 2, "correct": false, "score": 1}\n')
@@ -116,6 +155,10 @@ def test_bad_input_leaves_nothing_behind(models, tmp_path):
         ({"files": models[:1], "k": (17,)}, 'problem "0" has 16 samples, fewer than k = 17'),
         ({"files": models[:1], "k": (0,)}, "--k"),
         ({"files": models[:1], "level": 1.0}, "--level 1.0"),
+        ({"files": models[:1], "level": float("nan")}, "--level nan"),
+        ({"files": models[:1], "level": 1 - 2**-53}, "--level 0.9999"),
+        ({"files": models[:1], "replicates": 2}, "--replicates 2: it must be at least 100"),
+        ({"files": models[:1], "seed": -1}, "--seed -1: it must not be negative"),
         ({"files": models[:1], "target_width": 2.0}, "--target-width 2.0"),
         ({"files": models[:1], "compare": (tmp_path / "mute.jsonl",)}, "only the first model has"),
         ({"files": (tmp_path / "mute.jsonl",), "majority": True}, "no sample of these files has an answer"),

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_gzip_is_recognised_by_its_content_and_blank_lines_are_skipped(tmp_path)
     path = tmp_path / "samples.jsonl"  # no .gz
     path.write_bytes(gzip.compress(b'\n{"problem": "p", "correct": true}\n\n{"problem": "p", "correct": false}'))
     assert counts(read_samples([path])) == {"p": (2, 1)}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_pipe_is_read_like_a_file(pack):
+    source, sink = os.pipe()
+    os.write(sink, pack(b'{"problem": "p", "correct": true}\n' * 20))
+    os.close(sink)
+    try:
+        assert counts(read_samples([Path(f"/dev/fd/{source}")])) == {"p": (20, 20)}
+    finally:
+        os.close(source)
 
 
 def test_many_blocks_give_the_same_counts_as_one(tmp_path, monkeypatch):
@@ -131,6 +143,17 @@ def test_harness_repeats_count_where_the_metric_covers_all_of_them(tmp_path):
         read_samples([first])
 
 
+@pytest.mark.parametrize(
+    ("mean", "responses"),
+    [*((mean, ["a", "b"]) for mean in (float("inf"), float("nan"), -1.5, 2.0, 0.3, 10**400)), (0.5, [])],
+)
+def test_harness_means_that_no_verdicts_have_are_named(tmp_path, mean, responses):
+    row = harness_row(0, 0, resps=[responses], filtered_resps=[responses], metrics=["pass@1"], **{"pass@1": mean})
+    path = write(tmp_path / "bad.jsonl", row)
+    with pytest.raises(UserError, match=rf'bad.jsonl, line 1: "pass@1" is .* no mean of {len(responses)} verdicts'):
+        read_samples([path])
+
+
 def test_evalplus_results_need_both_test_sets_unless_base_is_asked_for(tmp_path):
     def sample(base, plus):
         return {"task_id": "HumanEval/0", "solution": "def f(): ...", "base_status": base, "plus_status": plus}
@@ -166,6 +189,9 @@ GOOD = '{"problem": "p", "n": 4, "c": 1}'
         ([GOOD, '{"problem": "q", "n": 4, "c": 5}'], "line 2: c = 5 correct of n = 4 samples"),
         ([GOOD, '{"problem": "q", "n": 4, "c": -1}'], 'line 2: "c" is -1'),
         ([GOOD, '{"problem": "q", "n": 0, "c": 0}'], 'line 2: "n" is 0'),
+        ([GOOD, '{"problem": "q", "n": 1000001, "c": 0}'], 'line 2: "n" is 1000001: .* from 1 to 1,000,000'),
+        ([GOOD, '{"problem": "q", "n": 4611686018427387904, "c": 0}'], 'line 2: "n" is 4611686018427387904'),
+        ([GOOD, '{"problem": "q", "n": 9223372036854775808, "c": 0}'], 'line 2: "n" is 9223372036854775808'),
         ([GOOD, '{"problem": "q", "n": 4, "c": true}'], 'line 2: "c" is True'),
         ([GOOD, '{"problem": "q", "n": 4.0, "c": 1}'], 'line 2: "n" is 4.0'),
         ([GOOD, '{"problem": null, "n": 4, "c": 1}'], "line 2: the name of the problem is None"),
@@ -215,6 +241,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
         read_samples([cut])
     with pytest.raises(UserError, match=r"missing.jsonl: No such file"):
         read_samples([tmp_path / "missing.jsonl"])
+    with pytest.raises(UserError, match=r": Is a directory"):
+        read_samples([tmp_path])
     with pytest.raises(UserError, match=r"good.jsonl is given twice"):
         read_samples([good, tmp_path / "." / "good.jsonl"])
     with pytest.raises(UserError, match=r"judged.jsonl holds samples, the files before it counts"):

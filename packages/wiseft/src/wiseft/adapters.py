@@ -5,8 +5,9 @@ An adapter adds `s * B A` to a weight, s = lora_alpha / r (or / sqrt(r), rsLoRA)
 
     delta s_e B_e A_e + (1 - delta) s_l B_l A_l = [delta s_e B_e, (1 - delta) s_l B_l] [A_e; A_l].
 
-The A factors are copied as they are and each entry of B is rounded once, to the dtype of LATE. With `rank`, the product is truncated to its
-largest singular values, by a QR of each factor and an SVD of the small core; the share of the squared norm that is lost is reported.
+The A factors are copied (rounded, where LATE's dtype is narrower than EARLY's) and each entry of B is rounded once, to the dtype of LATE.
+With `rank`, the product is truncated to its largest singular values, by a QR of each factor and an SVD of the small core; the share of
+the squared norm that is lost is reported.
 Source of LoRA: Hu et al. 2021 (arXiv 2106.09685); of the rsLoRA scale: Kalajdzievski 2023 (arXiv 2312.03732).
 """
 
@@ -24,10 +25,14 @@ from lmcore.errors import UserError
 from lmcore.record import published, write_json
 from wiseft.card import Named, copy_model_files, write_card
 from wiseft.ops.lerp.numba import BITS, decode, encode
-from wiseft.plan import read_json
+from wiseft.plan import read_model_json
 from wiseft.stream import digest_line, total_digest
 
-METHOD = {"method": "WiSE-FT of LoRA adapters", "formula": "delta * s B A of early + (1 - delta) * s B A of late"}
+METHOD = {
+    "method": "WiSE-FT of LoRA adapters",
+    "formula": "delta * s B A of early + (1 - delta) * s B A of late",
+    "citation": 'Dang et al. 2025, "Weight Ensembling Improves Reasoning in Language Models" (arXiv 2504.10478)',
+}
 _FACTOR = re.compile(r"(.*\.)lora_(embedding_)?A(\.weight)?$")
 
 
@@ -49,9 +54,6 @@ def merge_adapters(
     """
     early, late = (source.checkpoint for source in sources)
     config = _check_configs(early, late)
-    for delta in deltas:
-        if not math.isfinite(delta):
-            raise UserError(f"delta {delta!r} is not a finite number")
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank} must be at least 1")
     pairs, others = _match(early, late)
@@ -83,7 +85,9 @@ def merge_adapters(
             ranks = {_module(a_name): tensors[a_name].shape[0] for a_name, _ in pairs}
             copy_model_files(late, place)
             write_json(place / "adapter_config.json", config | _scale_one(ranks))
-            write_card(place, METHOD, sources, [_digest(early), _digest(late)], {"delta": delta, "rank": rank}, digest)
+            write_card(
+                place, out / name, METHOD, sources, [_digest(early), _digest(late)], {"delta": delta, "rank": rank}, digest
+            )
     return {**result, "lost_share": lost}
 
 
@@ -102,6 +106,14 @@ def verify_adapters(merged: Checkpoint, sources: Sequence[Checkpoint], recipe: d
     for other in others:
         ends = [_read(checkpoint, other) for checkpoint in (early, late)]
         _compare(merged, late, other, ends[1] + delta * (ends[0] - ends[1]))
+    extra = merged.tensors.keys() - late.tensors.keys()
+    if extra:
+        raise UserError(f"{merged.path}: tensor {min(extra)} is not what its recipe gives")
+    expected = _check_configs(early, late) | _scale_one({_module(a): merged.tensors[a].shape[0] for a, _ in pairs})
+    if read_model_json(merged, "adapter_config.json") != expected or _digest(merged) != recipe["digest"]:
+        raise UserError(
+            f"{merged.path}: adapter_config.json or the digest in the recipe is not what the recipe gives: one was edited"
+        )
     total = sum(info.nbytes for info in merged.tensors.values())
     return {"tensors": len(merged.tensors), "bytes": total, "equal": True, "digest": _digest(merged)}
 
@@ -137,6 +149,13 @@ def _match(early: Checkpoint, late: Checkpoint) -> tuple[list[tuple[str, str]], 
             pairs.append((name, name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")))
         elif "lora_" not in name:
             others.append(name)
+    for checkpoint in (early, late):
+        for a, b in pairs:
+            if b not in checkpoint.tensors:
+                raise UserError(f"{checkpoint.path} has tensor {a} but no {b}")
+            ranks = checkpoint.tensors[a].shape[0], checkpoint.tensors[b].shape[1]
+            if ranks[0] != ranks[1]:
+                raise UserError(f"{checkpoint.path}: tensor {a} has rank {ranks[0]}, {b} has rank {ranks[1]}")
     factors = {name for pair in pairs for name in pair}
     for name, info in late.tensors.items():
         if name not in factors and name not in others:
@@ -155,7 +174,7 @@ def _match(early: Checkpoint, late: Checkpoint) -> tuple[list[tuple[str, str]], 
 def _check_configs(early: Checkpoint, late: Checkpoint) -> dict[str, Any]:
     configs = []
     for checkpoint in (early, late):
-        config = read_json(checkpoint.path / "adapter_config.json")
+        config = read_model_json(checkpoint, "adapter_config.json")
         if config is None:
             raise UserError(f"{checkpoint.path} is no LoRA adapter (no adapter_config.json), the other input is")
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
@@ -163,6 +182,17 @@ def _check_configs(early: Checkpoint, late: Checkpoint) -> dict[str, Any]:
                 "DoRA" if config.get("use_dora") else "LoRA with biases" if config.get("lora_bias") else config.get("peft_type")
             )
             raise UserError(f"{checkpoint.path} is {kind}: only plain LoRA and rsLoRA can be interpolated")
+        start, tokens = config.get("init_lora_weights"), config.get("trainable_token_indices")
+        if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
+            raise UserError(
+                f"{checkpoint.path} was started by {start}, which changes the base model: convert it to plain LoRA first"
+            )
+        if tokens:
+            raise UserError(
+                f"{checkpoint.path} trains single tokens (trainable_token_indices): only plain LoRA can be interpolated"
+            )
+        if not isinstance(config.get("lora_alpha"), int | float):
+            raise UserError(f"{checkpoint.path}: adapter_config.json has no lora_alpha")
         configs.append(config)
     bases = [config.get("base_model_name_or_path") for config in configs]
     if bases[0] != bases[1]:
@@ -172,7 +202,7 @@ def _check_configs(early: Checkpoint, late: Checkpoint) -> dict[str, Any]:
 
 def _scaling(checkpoint: Checkpoint, a_name: str) -> float:
     """The factor s of one module, from the config with its per-module patterns and the rank of the factor itself."""
-    config = read_json(checkpoint.path / "adapter_config.json") or {}
+    config = read_model_json(checkpoint, "adapter_config.json") or {}
     rank = checkpoint.tensors[a_name].shape[0]
     module = _module(a_name)
     patterns = config.get("alpha_pattern") or {}
@@ -207,7 +237,8 @@ def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
 def _rounded(late: Checkpoint, name: str, values: np.ndarray) -> np.ndarray:
     dtype = late.tensors[name].dtype
     data = np.empty(values.size, BITS[dtype])
-    encode(np.ascontiguousarray(values).reshape(-1), dtype, data)
+    if encode(np.ascontiguousarray(values).reshape(-1), dtype, data):
+        raise UserError(f"tensor {name} has values that {dtype} cannot hold: use adapters in a wider dtype")
     return data
 
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lmcore.checkpoint import Checkpoint
 from lmcore.record import published
 from wiseft.merging import Source, merge
+from wiseft.plan import check_delta
 
 
 class WiseCallback(TrainerCallback):
@@ -39,7 +40,7 @@ class WiseCallback(TrainerCallback):
         evaluate: Callable[[Path], dict[str, float]] | None = None,
     ):
         self.early = early
-        self.delta = delta
+        self.delta = check_delta(delta)
         self.evaluate = evaluate
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -57,12 +58,14 @@ class WiseCallback(TrainerCallback):
         out = folder / f"wise-{state.global_step}"
         if not out.exists():
             merge(early, saved, out, delta=self.delta)
-            if self.evaluate is not None:
-                metrics = {f"wise_{name}": value for name, value in self.evaluate(out).items()}
-                line = {"step": state.global_step, "delta": self.delta, **metrics}
-                with open(folder / "wise.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-                state.log_history.append(line)
+        log = folder / "wise.jsonl"
+        evaluated = [json.loads(line)["step"] for line in log.read_text().splitlines()] if log.exists() else []
+        if self.evaluate is not None and state.global_step not in evaluated:
+            metrics = {f"wise_{name}": value for name, value in self.evaluate(out).items()}
+            line = {"step": state.global_step, "delta": self.delta, **metrics}
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            state.log_history.append(line)
 
 
 def _keep(saved: Path, place: Path) -> None:

@@ -1,6 +1,7 @@
 """What stands beside merged weights: the files of LATE, a recipe that a machine can repeat and a card that a person can read."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from lmcore.record import write_atomically, write_json
-from wiseft.plan import read_json
+from wiseft.plan import model_folder, read_json
 
 RECIPE = "wiseft.json"
 
@@ -30,9 +31,9 @@ _LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", RECIPE)
 
 def copy_model_files(late: Checkpoint, folder: Path, dtype: str | None = None) -> None:
     """Copy config, tokenizer and generation files; `dtype` (float32, bfloat16, float16) replaces the one in config.json."""
-    source = late.path if late.path.is_dir() else late.path.parent
+    source = model_folder(late)
     for pattern in _CARRIED:
-        for path in sorted(source.glob(pattern)):
+        for path in sorted(source.glob(pattern)) if source else ():
             if path.is_file() and path.name not in _LEFT_BEHIND and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
     config = read_json(folder / "config.json")
@@ -43,6 +44,7 @@ def copy_model_files(late: Checkpoint, folder: Path, dtype: str | None = None) -
 
 def write_card(
     folder: Path,
+    place: Path,
     method: Mapping[str, str],
     sources: Sequence[Named],
     seen: Sequence[str],
@@ -51,9 +53,13 @@ def write_card(
 ) -> None:
     """Write `wiseft.json` (the recipe with its digests, which `wiseft verify` repeats) and a model card in README.md.
 
-    `method` has the keys method and formula; `seen` the digest of each source, `digest` that of the result.
+    `place` is where `folder` will be published; the recipe holds the way from there to each source. `method` has the keys method, formula
+    and citation; `seen` the digest of each source, `digest` that of the result.
     """
-    described = [{"role": one.role, "source": one.given, "digest": used} for one, used in zip(sources, seen, strict=True)]
+    described = []
+    for one, used in zip(sources, seen, strict=True):
+        near = os.path.relpath(one.checkpoint.path.resolve(), place.resolve())
+        described.append({"role": one.role, "source": one.given, "path": near, "digest": used})
     write_json(folder / RECIPE, {**method, "sources": described, "options": dict(options), "digest": digest})
     table = "\n".join(f"| {one['role']} | `{one['source']}` | `{one['digest']}` |" for one in described)
     chosen = {key: value for key, value in options.items() if value is not None}
@@ -73,7 +79,7 @@ Options: `{json.dumps(chosen)}`. Digest of these weights: `{digest}`.
 A digest of a checkpoint is the SHA-256 of one line `name dtype shape xxh3-128` per tensor, sorted by name.
 
 `wiseft verify` on this folder repeats the merge from `{RECIPE}` and compares every byte.
-Method: Dang et al. 2025, "Weight Ensembling Improves Reasoning in Language Models" (arXiv 2504.10478).
+Method: {method["citation"]}.
 """
     write_atomically(folder / "README.md", card)
 
@@ -82,8 +88,26 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe that `write_card` left in a folder."""
     recipe = read_json(folder / RECIPE)
     if recipe is None:
-        raise UserError(f"{folder} has no {RECIPE}: it was not written by wiseft")
-    for key in ("method", "sources", "options", "digest"):
-        if key not in recipe:
-            raise UserError(f"{folder / RECIPE} lacks {key!r}: it was not written by wiseft, or was edited")
+        several = sorted(path.parent.name for path in folder.glob(f"*/{RECIPE}"))
+        hint = f"verify {', '.join(several)} in it" if several else "it was not written by wiseft"
+        raise UserError(f"{folder} has no {RECIPE}: {hint}")
+    sources = recipe.get("sources")
+    whole = isinstance(sources, list) and all(
+        isinstance(source, dict) and all(isinstance(source.get(key), str) for key in ("role", "source", "path", "digest"))
+        for source in sources
+    )
+    if not whole or not isinstance(recipe.get("options"), dict) or not isinstance(recipe.get("digest"), str):
+        raise UserError(f"{folder / RECIPE} is not as wiseft wrote it: merge again")
     return recipe
+
+
+def check_overwrite(out: Path, overwrite: bool) -> None:
+    """An existing `out` needs `overwrite`, and must be what an earlier merge wrote: nothing else is deleted."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists: choose another --out or pass --overwrite")
+    if out.is_dir() and any(out.iterdir()) and not (any(out.glob(RECIPE)) or any(out.glob(f"*/{RECIPE}"))):
+        raise UserError(
+            f"{out} was not written by wiseft, so --overwrite does not replace it: remove it or choose another --out"
+        )

@@ -12,6 +12,8 @@ from lmcore.errors import UserError
 Format = Literal["counts", "samples", "lm-eval", "evalplus", "human-eval"]
 Record = dict[str, Any]
 
+_MOST_SAMPLES = 1_000_000  # of a problem; memory and time of the estimates grow with it
+
 
 class RowError(Exception):
     """A row that cannot be used; whoever knows the file and the line adds them."""
@@ -53,8 +55,8 @@ class CountsReader(Reader):
     def rows(self, records: Sequence[Record]) -> Rows:
         """See `Reader.rows`."""
         samples, correct = [record["n"] for record in records], [record["c"] for record in records]
-        if set(map(type, samples)) != {int} or min(samples) < 1:
-            raise RowError(f'"n" is {samples[0]!r}: it must be an integer of at least 1')
+        if set(map(type, samples)) != {int} or min(samples) < 1 or max(samples) > _MOST_SAMPLES:
+            raise RowError(f'"n" is {samples[0]!r}: it must be an integer from 1 to {_MOST_SAMPLES:,}')
         if set(map(type, correct)) != {int} or min(correct) < 0:
             raise RowError(f'"c" is {correct[0]!r}: it must be an integer of at least 0')
         if any(map(operator.gt, correct, samples)):
@@ -168,7 +170,7 @@ class LmEvalReader(Reader):
             found.add(problem, verdicts, self._answers(answers, len(verdicts)))
         elif self._MEAN.fullmatch(metric) and not self.votes:
             correct = value * repeats
-            if not math.isclose(correct, round(correct), abs_tol=1e-6):
+            if not (repeats and -1e-6 <= correct <= repeats + 1e-6 and abs(correct - round(correct)) <= 1e-6):
                 raise RowError(f'"{metric}" is {value!r}, which is no mean of {repeats} verdicts')
             found.problems.append(problem)
             found.samples.append(repeats)

@@ -8,6 +8,7 @@ from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from wiseft.merging import Source
 from wiseft.ops.lerp import lerp
+from wiseft.plan import check_delta
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ def interpolate_(
     """
     import torch
 
+    delta = check_delta(delta)
     with ExitStack() as stack, torch.no_grad():
         ends = [_Weights(source, stack) for source in (early, late)]
         live = _untied(model)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+_TABLE_NUMBERS = 1 << 22  # bounds the memory of a table of failures: 32 MiB, or one column where that is longer
+_MOST = (1 << 31) - 1  # the product of two counts must fit in int64
+
 
 def pass_at_k(
     samples: int | Sequence | np.ndarray, correct: int | Sequence | np.ndarray, k: int | Sequence[int] | np.ndarray
@@ -20,8 +23,8 @@ def pass_at_k(
     >>> pass_at_k([4, 8], [1, 1], [1, 2]).shape
     (2, 2)
 
-    Costs one table of (n+1) x k per distinct n and then one look-up per estimate.
-    Raises: `ValueError` naming the first problem with a negative or fractional count, with c > n, or with n < k.
+    Costs, per distinct n, one product over the largest c for each k, and then one look-up per estimate.
+    Raises: `ValueError` naming the first problem with a negative or fractional count or one of 2^31 or more, with c > n, or with n < k.
     Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, eq. 1.
     """
     orders = sample_orders(k)
@@ -63,11 +66,15 @@ def failure(cells: Cells, orders: Int[np.ndarray, " orders"]) -> Float[np.ndarra
     """
     result = np.empty((len(cells.samples), len(orders)))
     for n in np.unique(cells.samples):
-        drawn = np.arange(n)[:, None]
-        table = np.ones((n + 1, len(orders)))
-        np.cumprod(np.maximum(n - orders - drawn, 0) / (n - drawn), axis=0, out=table[1:])
-        here = cells.samples == n
-        result[here] = table[cells.correct[here]]
+        here = np.flatnonzero(cells.samples == n)
+        correct = cells.correct[here]
+        drawn = np.arange(correct.max())[:, None]
+        width = max(1, _TABLE_NUMBERS // (len(drawn) + 1))
+        for start in range(0, len(orders), width):
+            some = slice(start, start + width)
+            table = np.ones((len(drawn) + 1, len(orders[some])))
+            np.cumprod(np.maximum(n - orders[some] - drawn, 0) / (n - drawn), axis=0, out=table[1:])
+            result[here, some] = table[correct]
     return result
 
 
@@ -107,6 +114,9 @@ def _integers(values: int | Sequence | np.ndarray, name: str) -> Int[np.ndarray,
     if array.min() < 0:
         at = _first(array < 0)
         raise ValueError(f"{name}[{at}] is {array.ravel()[at]}: it must not be negative")
+    if array.max() > _MOST:
+        at = _first(array > _MOST)
+        raise ValueError(f"{name}[{at}] is {array.ravel()[at]}: it must be below 2^31")
     return array.astype(np.int64, copy=False)
 
 

@@ -49,7 +49,7 @@ class PassK(Command):
     replicates: int = 10_000
     """Bootstrap replicates."""
     overwrite: bool = False
-    """Replace OUT if it exists."""
+    """Replace OUT if it exists and holds an earlier report."""
 
     def run(self) -> dict[str, Any]:
         """Read the files, estimate, write the folder and return the content of result.json."""
@@ -59,6 +59,7 @@ class PassK(Command):
         from wiseft.summary import summarize
 
         self._check_options()
+        self._check_out()
         with published(self.out, overwrite=self.overwrite) as out:
             groups = [self.files, self.compare] if self.compare else [self.files]
             models = [self._read(files) for files in groups]
@@ -109,12 +110,24 @@ class PassK(Command):
     def _check_options(self) -> None:
         for name, holds, rule in (
             ("k", all(k >= 1 for k in self.k), "each must be at least 1"),
-            ("level", 0 < self.level < 1, "it must lie between 0 and 1"),
-            ("replicates", self.replicates >= 1, "it must be at least 1"),
+            ("level", 0 < self.level <= 0.9999, "it must be above 0 and at most 0.9999"),
+            ("replicates", self.replicates >= 100, "it must be at least 100, since fewer do not show the tails"),
+            ("seed", self.seed >= 0, "it must not be negative"),
             ("target-width", self.target_width is None or 0 < self.target_width < 1, "it must lie between 0 and 1"),
         ):
             if not holds:
                 raise UserError(f"--{name} {getattr(self, name.replace('-', '_'))}: {rule}")
+
+    def _check_out(self) -> None:
+        """Replacing OUT must remove nothing but an earlier report."""
+        out = self.out.resolve()
+        for file in (*self.files, *self.compare):
+            # Where the input is a link, both the link and the file it leads to must stay.
+            if any(folder.is_relative_to(out) for folder in (file.parent.resolve(), file.resolve().parent)):
+                raise UserError(f"--out {self.out} is, or holds, the folder of the input {file}: choose another --out")
+        written_here = all((out / name).is_file() for name in ("result.json", "index.html"))
+        if self.overwrite and out.is_dir() and any(out.iterdir()) and not written_here:
+            raise UserError(f"--out {self.out} holds files but no report of passk: remove it or choose another --out")
 
     def _read(self, files: tuple[Path, ...]) -> "Samples":
         from wiseft.samples import read_samples
@@ -183,4 +196,6 @@ def _names(files: list[Path]) -> list[str]:
     """The shortest names that tell the models apart, from the first file of each."""
     stems = [file.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json") for file in files]
     folders = [f"{file.parent.name}/{stem}" for file, stem in zip(files, stems, strict=True)]
-    return next((names for names in (stems, folders) if len(set(names)) == len(files)), [str(file) for file in files])
+    paths = [str(file) for file in files]
+    numbered = [f"{stem} ({i})" for i, stem in enumerate(stems, 1)]
+    return next(names for names in (stems, folders, paths, numbered) if len(set(names)) == len(files))

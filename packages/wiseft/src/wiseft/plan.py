@@ -11,6 +11,7 @@ from lmcore.checkpoint import Checkpoint, TensorInfo, shards_like
 from lmcore.errors import UserError
 
 Missing = Literal["late", "early", "error"]
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 EARLY, LATE = 0, 1
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _MIXABLE = ("BF16", "F16", "F32", "F64")
@@ -72,13 +73,12 @@ def plan(
 
     Raises: `UserError` for different architectures, quantised weights, shapes that do not match, unknown names, a bad regex or delta.
     """
-    for delta in (*deltas, *(module_deltas or {}).values()):
-        if not isinstance(delta, int | float) or not abs(delta) < float("inf"):
-            raise UserError(f"delta {delta!r} is not a finite number")
-    rules = [(_regex(pattern), value) for pattern, value in (module_deltas or {}).items()]
+    rules = [(_regex(pattern), check_delta(value)) for pattern, value in (module_deltas or {}).items()]
     _check_configs(early, late)
     _check_names(early, late, missing)
-    warnings = [f"delta {delta:g} is outside [0, 1]: this extrapolates" for delta in deltas if not 0 <= delta <= 1]
+    warnings = _renamed_tokens(early, late)
+    used = (*deltas, *(value for _, value in rules))
+    warnings += [f"delta {delta:g} is outside [0, 1]: this extrapolates" for delta in used if not 0 <= delta <= 1]
     for pattern, _ in rules:
         if not any(pattern.search(name) for name in late.tensors):
             raise UserError(f"no tensor of {late.path} matches the regex {pattern.pattern!r} of the module deltas")
@@ -123,13 +123,21 @@ def _step(target: TensorInfo, deltas: tuple[float, ...], early: Checkpoint, late
     return Step(target, deltas, mixed=shared * (b.size // b.shape[0]) if b.shape[0] else 0, rest=LATE)
 
 
+def check_delta(delta: Any) -> float:
+    """`delta` as a finite float, or a `UserError`."""
+    try:
+        value = float(delta)
+    except (TypeError, ValueError, OverflowError):
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise UserError(f"delta {delta!r} is not a finite number")
+    return value
+
+
 def read_module_deltas(path: Path) -> dict[str, float]:
     """Read a JSON file of regex -> delta, in the order of the file."""
-    try:
-        rules = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON file of regex -> delta ({error})") from None
-    if not isinstance(rules, dict) or not all(type(value) in (int, float) for value in rules.values()):
+    rules = read_json(path)
+    if not rules or not all(type(value) in (int, float) for value in rules.values()):
         raise UserError(f'{path}: expected one object of regex -> delta such as {{"mlp": 0.3}}')
     return rules
 
@@ -142,6 +150,15 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _check_names(early: Checkpoint, late: Checkpoint, missing: Missing) -> None:
+    for checkpoint in (early, late):
+        if any("lora_A" in name for name in checkpoint.tensors):
+            raise UserError(f"{checkpoint.path} holds LoRA factors: give the adapter's folder, and merge two of them")
+    heads = [any(_HEAD.search(name) for name in checkpoint.tensors) for checkpoint in (early, late)]
+    if heads[0] != heads[1]:
+        with_head, without = (early, late) if heads[0] else (late, early)
+        raise UserError(
+            f"{without.path} ties its head to the embedding, {with_head.path} has one of its own: save both alike first"
+        )
     if missing != "error":
         if not early.tensors.keys() & late.tensors.keys():
             raise UserError(f"{early.path} and {late.path} have no tensor name in common")
@@ -153,17 +170,18 @@ def _check_names(early: Checkpoint, late: Checkpoint, missing: Missing) -> None:
 
 
 def _check_configs(early: Checkpoint, late: Checkpoint) -> None:
-    configs = [read_json(checkpoint.path / "config.json") for checkpoint in (early, late)]
+    configs = [read_model_json(checkpoint, "config.json") for checkpoint in (early, late)]
     for checkpoint, config in zip((early, late), configs, strict=True):
-        if config and "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "unknown method")
+        quantised = config and config.get("quantization_config")
+        if quantised:
+            method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
             raise UserError(f"{checkpoint.path} is quantised ({method}): merge the un-quantised weights")
     kinds = [config.get("model_type") for config in configs if config]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise UserError(
             f"{early.path} is a {kinds[0]} model, {late.path} a {kinds[1]} model: only one architecture can be merged"
         )
-    ids = [_token_ids(checkpoint.path) for checkpoint in (early, late)]
+    ids = [_token_ids(checkpoint) for checkpoint in (early, late)]
     for token in ids[0].keys() & ids[1].keys():
         if ids[0][token] != ids[1][token]:
             raise UserError(
@@ -171,11 +189,37 @@ def _check_configs(early: Checkpoint, late: Checkpoint) -> None:
             )
 
 
-def _token_ids(folder: Path) -> dict[str, int]:
-    tokenizer = read_json(folder / "tokenizer.json") or {}
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {piece[0]: row for row, piece in enumerate(vocabulary)}
-    return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+def _renamed_tokens(early: Checkpoint, late: Checkpoint) -> list[str]:
+    """A warning if a row means one token in EARLY and another in LATE (such as a reserved one that was put to use)."""
+    tokens = [{row: token for token, row in _token_ids(checkpoint).items()} for checkpoint in (early, late)]
+    renamed = sorted(row for row in tokens[0].keys() & tokens[1].keys() if tokens[0][row] != tokens[1][row])
+    if not renamed:
+        return []
+    first = renamed[0]
+    return [f"{len(renamed)} rows have another token in LATE: row {first} is {tokens[0][first]!r}, then {tokens[1][first]!r}"]
+
+
+def _token_ids(checkpoint: Checkpoint) -> dict[str, int]:
+    tokenizer = read_model_json(checkpoint, "tokenizer.json") or {}
+    try:
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {piece[0]: row for row, piece in enumerate(vocabulary)}
+        return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: tokenizer.json is not one of the tokenizers library ({error!r})") from None
+
+
+def model_folder(checkpoint: Checkpoint) -> Path | None:
+    """The folder of a checkpoint's config and tokenizer; None for a loose file that is not named as part of a model."""
+    if checkpoint.path.is_dir():
+        return checkpoint.path
+    return checkpoint.path.parent if checkpoint.path.name.startswith(("model.", "adapter_model.")) else None
+
+
+def read_model_json(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    """A JSON object of the model that a checkpoint belongs to, None where there is none."""
+    folder = model_folder(checkpoint)
+    return read_json(folder / name) if folder else None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -183,8 +227,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")

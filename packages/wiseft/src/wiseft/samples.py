@@ -221,14 +221,17 @@ def _lines(path: Path) -> Iterator[tuple[int, list[bytes]]]:
     try:
         with (
             open(path, "rb") as raw,
-            tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=1) as bar,
+            tqdm(
+                total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=1, disable=not raw.seekable()
+            ) as bar,
         ):
             compressed = raw.peek(2)[:2] == b"\x1f\x8b"
             file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if compressed else raw
             while lines := file.readlines(_BLOCK_BYTES):
                 yield number, lines
                 number += len(lines)
-                bar.update(raw.tell() - bar.n)
+                if raw.seekable():  # a pipe has no position
+                    bar.update(raw.tell() - bar.n)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}, after line {number - 1}: damaged or truncated gzip ({error}): copy the file again") from None
     except OSError as error:

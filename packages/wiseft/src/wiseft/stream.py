@@ -48,7 +48,7 @@ def run(steps: Sequence[Step], sources: Sequence[Checkpoint], sinks: Sequence[Si
     Memory: a few blocks of 32,768 weights per thread, whatever the size of the model. A digest is the SHA-256 of one line
     `name dtype shape xxh3-128` per tensor, sorted by name, over the bytes that were read or written: the same for any sharding.
 
-    Raises: `UserError` that names a tensor holding NaN and where it is.
+    Raises: `UserError` that names a tensor holding NaN or infinity and where it is, or whose result the dtype cannot hold.
     """
     lines: list[list[str]] = [[] for _ in (*sources, *sinks)]
 
@@ -93,7 +93,7 @@ class _Tensor:
             for number in range(len(self.sinks)):
                 self.combine(step, number, weights, mixed[:count])
                 if encode(mixed[:count], target.dtype, data[:count]):
-                    raise self._not_a_number(weights, start)
+                    raise self._not_finite(weights, start)
                 self._write(number, start, data[:count])
         unchanged = step.mixed < target.size and self.sources[step.rest].tensors[target.name].dtype == target.dtype
         for start, stop in _blocks(step.mixed, target.size):
@@ -102,7 +102,8 @@ class _Tensor:
             else:
                 self._decode(step.rest, start, stop, mixed[: stop - start])
                 rest = data[: stop - start]
-                encode(mixed[: stop - start], target.dtype, rest)
+                if encode(mixed[: stop - start], target.dtype, rest):
+                    raise self._not_finite([mixed[: stop - start]], start)
             for number in range(len(self.sinks)):
                 self._write(number, start, rest)
 
@@ -130,13 +131,16 @@ class _Tensor:
         self.sinks[number].write(self.step.target.name, start * DTYPES[self.step.target.dtype], data)
         self._written[number].update(data.data)
 
-    def _not_a_number(self, weights: list[np.ndarray], start: int) -> UserError:
+    def _not_finite(self, weights: list[np.ndarray], start: int) -> UserError:
         name = self.step.target.name
-        for checkpoint, values in zip(self.sources, weights, strict=True):
+        sources = self.sources if len(weights) > 1 else [self.sources[self.step.rest]]
+        for checkpoint, values in zip(sources, weights, strict=True):
             if not np.isfinite(values).all():
                 at = int(np.flatnonzero(~np.isfinite(values))[0])
                 return UserError(f"{checkpoint.tensors[name].file}: tensor {name} holds {values[at]} at element {start + at}")
-        return UserError(f"tensor {name} overflows between elements {start} and {start + BLOCK}: the deltas are too large")
+        return UserError(
+            f"tensor {name} has values near element {start} that {self.step.target.dtype} cannot hold: use a wider dtype"
+        )
 
 
 def total_digest(lines: Sequence[str]) -> str:

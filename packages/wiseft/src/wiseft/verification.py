@@ -11,9 +11,8 @@ from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from wiseft import stream
 from wiseft.card import read_recipe
-from wiseft.merging import Source
-from wiseft.ops.lerp.numba import BITS
-from wiseft.plan import Step, plan
+from wiseft.merging import Source, plan_soup
+from wiseft.plan import Step, check_delta, plan
 
 
 def verify(out: Source, sources: Sequence[Source] | None = None) -> dict[str, Any]:
@@ -26,28 +25,18 @@ def verify(out: Source, sources: Sequence[Source] | None = None) -> dict[str, An
     """
     folder = Path(out)
     recipe = read_recipe(folder)
-    places = list(sources) if sources else [source["source"] for source in recipe["sources"]]
-    if len(places) != len(recipe["sources"]):
-        raise UserError(f"{folder} was merged from {len(recipe['sources'])} checkpoints, {len(places)} were given")
-    options = recipe["options"]
+    recorded = recipe["sources"]
+    places = list(sources) if sources else [_place(folder, source) for source in recorded]
+    if len(places) != len(recorded):
+        raise UserError(f"{folder} was merged from {len(recorded)} checkpoints, {len(places)} were given")
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(Checkpoint.open(place)) for place in places]
         merged = stack.enter_context(Checkpoint.open(folder))
-        if "rank" in options:
+        if "rank" in recipe["options"]:
             from wiseft.adapters import verify_adapters
 
             return verify_adapters(merged, opened, recipe)
-        if "weights" in options:
-            weights = tuple(options["weights"])
-            steps = tuple(
-                Step(target, weights, target.size if target.dtype in BITS else 0, rest=len(opened) - 1)
-                for target in merged.tensors.values()
-            )
-            combine: stream.Combine = stream.average
-        else:
-            chosen = {key: options[key] for key in ("module_deltas", "missing", "dtype")}
-            steps = plan(opened[0], opened[1], [options["delta"]], **chosen).steps
-            combine = stream.interpolate
+        steps, combine = _repeat(folder, opened, recipe["options"])
         comparison = _Comparison(merged, steps)
         digests = stream.run(steps, opened, [comparison], combine)
     for source, place, digest in zip(recipe["sources"], places, digests["sources"], strict=True):
@@ -55,12 +44,35 @@ def verify(out: Source, sources: Sequence[Source] | None = None) -> dict[str, An
             raise UserError(f"{place} is not the {source['role']} checkpoint that was merged into {folder}: its digest differs")
     if comparison.different:
         raise UserError(f"{folder}: tensor {min(comparison.different)} is not what its recipe gives")
+    if digests["outputs"][0] != recipe["digest"]:
+        raise UserError(f"{folder}: the weights are what the recipe gives, but not the digest in it: the recipe was edited")
     return {
         "tensors": len(steps),
         "bytes": sum(step.target.nbytes for step in steps),
         "equal": True,
         "digest": digests["outputs"][0],
     }
+
+
+def _place(folder: Path, source: dict[str, str]) -> str:
+    """Where a recorded source is: by its way from the output, else by the name that was given, on the Hub only if it was there."""
+    if (folder / source["path"]).exists():
+        return str(folder / source["path"])
+    if Path(source["source"]).exists() or "snapshots" in Path(source["path"]).parts:
+        return source["source"]
+    raise UserError(f"the {source['role']} checkpoint {source['source']} of {folder} has moved: name it with --sources")
+
+
+def _repeat(folder: Path, opened: Sequence[Checkpoint], options: dict[str, Any]) -> tuple[Sequence[Step], stream.Combine]:
+    """The steps and the arithmetic of a recipe; a `UserError` if it was edited into one that wiseft does not write."""
+    try:
+        if "weights" in options:
+            return plan_soup(opened, [float(weight) for weight in options["weights"]], options["dtype"]).steps, stream.average
+        early, late = opened
+        chosen = {key: options[key] for key in ("module_deltas", "missing", "dtype")}
+        return plan(early, late, [check_delta(options["delta"])], **chosen).steps, stream.interpolate
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: the options in its recipe are not as wiseft wrote them ({error!r})") from None
 
 
 class _Comparison:

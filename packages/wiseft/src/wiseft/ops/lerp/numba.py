@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 BLOCK = 32768  # weights at a time: the float64 buffers of a block stay within a core's cache
+TOO_LARGE_BF16, TOO_LARGE_F16 = (2 - 2.0**-8) * 2.0**127, 65520.0  # from here on, rounding gives infinity
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "F64": np.float64}
 """How the weights of each dtype that can be mixed lie in memory: 16-bit floats as their bits."""
 
@@ -51,7 +52,7 @@ def add_scaled(total, weights, factor):
 
 
 def encode(values: np.ndarray, dtype: str, out: np.ndarray) -> bool:
-    """Round float64 values to nearest even into `out` (see BITS). True if one of them is not a number."""
+    """Round float64 values to nearest even into `out` (see BITS). True if one of them is not finite, or not any more."""
     return {"BF16": _encode_bf16, "F16": _encode_f16, "F32": _narrow, "F64": _narrow}[dtype](values, out)
 
 
@@ -103,7 +104,7 @@ def _encode_bf16(values, out):
     strange = 0
     for i in range(len(values)):
         out[i] = _round(values[i], 7, 127)
-        strange += values[i] != values[i]
+        strange += not np.abs(values[i]) < TOO_LARGE_BF16
     return strange > 0
 
 
@@ -112,7 +113,7 @@ def _encode_f16(values, out):
     strange = 0
     for i in range(len(values)):
         out[i] = _round(values[i], 10, 15)
-        strange += values[i] != values[i]
+        strange += not np.abs(values[i]) < TOO_LARGE_F16
     return strange > 0
 
 
@@ -121,5 +122,5 @@ def _narrow(values, out):
     strange = 0
     for i in range(len(values)):
         out[i] = values[i]
-        strange += values[i] != values[i]
+        strange += not np.abs(out[i]) < np.inf
     return strange > 0
