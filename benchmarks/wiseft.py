@@ -3,6 +3,7 @@
 # ///
 """wiseft against its peers, each pair of numbers in one run: `nox -s benchmarks -- wiseft`.
 
+Run by hand it wants `python -P`, which keeps this folder, where this file has the name of the package, off the path of imports.
 Writes benchmarks/results/wiseft.json. Medians over repeats, alternating ours and theirs; the spread is the range.
 """
 
@@ -301,18 +302,26 @@ def nearest_even(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(exact < 0, -best, best)
 
 
+MEASURE = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(done.returncode)
+"""
+
+
 def run(command: list[Any]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of one command, on one cache-warm machine without a network."""
+    """Wall seconds and peak resident bytes of one command, without a network.
+
+    A process starts with the peak of the one that forked it, so a small interpreter stands in between.
+    """
     start = time.perf_counter()
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=quiet)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise SystemExit(f"{command[0]} failed:\n{said.decode()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    arguments = [sys.executable, "-S", "-c", MEASURE, *(str(part) for part in command)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=quiet)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+    return time.perf_counter() - start, int(done.stdout)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
