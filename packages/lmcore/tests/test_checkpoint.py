@@ -109,6 +109,8 @@ BROKEN = {
     "fractional shape": ('{"first":{"dtype":"F32","shape":[0.5],"data_offsets":[0,2]}}', 2, "first", "whole numbers"),
     "dtype that is a list": ('{"first":{"dtype":[],"shape":[2],"data_offsets":[0,8]}}', 8, "first", "dtype"),
     "missing offsets": ('{"first":{"dtype":"F32","shape":[2]}}', 8, "first", "data_offsets"),
+    "metadata of numbers": ('{"__metadata__":{"a":1}}', 0, "", "table of texts"),
+    "metadata as a list": ('{"__metadata__":[1]}', 0, "", "header"),
     "not JSON": ("{nonsense", 0, "", "header"),
     "a list": ("[1, 2]", 0, "", "header"),
     "nested too deeply": ("[" * 100_000, 0, "", "header"),

@@ -138,3 +138,11 @@ def test_environment_names_versions_but_no_machine():
     import platform
 
     assert platform.node() not in json.dumps(found) or len(platform.node()) < 4
+
+
+@pytest.mark.parametrize("place", ["/", "file/out", "loop/out", "x" * 300])
+def test_places_that_cannot_be_written_are_the_users_to_mend(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="cannot be written"), published(tmp_path / place):
+        pass

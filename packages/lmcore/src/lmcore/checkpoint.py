@@ -264,6 +264,8 @@ def read_header(file: Path) -> tuple[dict[str, str] | None, list[TensorInfo]]:
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", None)
+        if not all(isinstance(text, str) for text in dict(metadata or {}).values()):
+            raise ValueError("__metadata__ is not a table of texts")
         entries = sorted(header.items(), key=lambda item: item[1].get("data_offsets", []))
     except _MALFORMED as error:
         raise UserError(f"{file}: the header is not that of a safetensors file ({type(error).__name__}: {error})") from None

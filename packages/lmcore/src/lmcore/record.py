@@ -41,10 +41,13 @@ def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     leaves the old `out`, the new one or none, and what it leaves hidden is cleared by the next run; a second process that wants the
     same `out` at the same time gets a `UserError`.
     """
-    out = out.resolve()
-    hidden = out.with_name(f".{out.name}.partial")
-    hidden.mkdir(parents=True, exist_ok=True)
-    lock = os.open(hidden, os.O_RDONLY)
+    try:
+        out = out.resolve()
+        hidden = out.with_name(f".{out.name}.partial")
+        hidden.mkdir(parents=True, exist_ok=True)
+        lock = os.open(hidden, os.O_RDONLY)
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError, the root a ValueError
+        raise UserError(f"{out} cannot be written: {error}") from None
     with contextlib.ExitStack() as at_the_end:
         at_the_end.callback(os.close, lock)  # the system does it when the process ends, however it ends
         try:
