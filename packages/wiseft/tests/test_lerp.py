@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wiseft.ops.lerp import lerp, numba, reference
+from wiseft.ops.lerp import lerp, numba, numpy, reference
 
 triton_lerp = pytest.importorskip("wiseft.ops.lerp.triton").lerp
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,8 +43,9 @@ def test_every_weight_is_correctly_rounded(dtype, delta):
     assert lerp(early, late, delta).double().tolist() == expected
 
 
+@pytest.mark.parametrize("arithmetic", [numba, numpy], ids=["numba", "numpy"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounding_at_the_edges_of_the_format(dtype):
+def test_rounding_at_the_edges_of_the_format(dtype, arithmetic):
     mantissa, bias = FORMATS[dtype]
     smallest, normal, largest = 2.0 ** (1 - bias - mantissa), 2.0 ** (1 - bias), (2 - 2.0**-mantissa) * 2.0**bias
     edges = [0.0, smallest, normal, normal - smallest, 1.0, 1 + 2.0**-mantissa, 3.0, largest]
@@ -57,26 +58,29 @@ def test_rounding_at_the_edges_of_the_format(dtype):
     huge = [largest * (1 + 2.0 ** -(mantissa + 2)), largest + 2.0 ** (bias - mantissa - 1), largest * 2, np.inf]
     values = np.array([*edges, *ties, *tiny, *huge])
     values = np.concatenate([values, np.nextafter(values, 0), np.nextafter(values, np.inf), -values])
-    out = np.empty(len(values), numba.BITS[NAMES[dtype]])
-    assert numba.encode(values, NAMES[dtype], out), "some are infinite, or become so: that is reported"
+    out = np.empty(len(values), numpy.BITS[NAMES[dtype]])
+    assert arithmetic.encode(values, NAMES[dtype], out), "some are infinite, or become so: that is reported"
     kept = np.array([value for value in values if abs(nearest_even(value, mantissa, bias)) < np.inf])
-    assert not numba.encode(kept, NAMES[dtype], np.empty(len(kept), out.dtype))
+    assert not arithmetic.encode(kept, NAMES[dtype], np.empty(len(kept), out.dtype))
     for value in huge:
-        assert numba.encode(np.array([value]), NAMES[dtype], out[:1].copy()) == (nearest_even(value, mantissa, bias) == np.inf)
+        assert arithmetic.encode(np.array([value]), NAMES[dtype], out[:1].copy()) == (
+            nearest_even(value, mantissa, bias) == np.inf
+        )
     found = torch.from_numpy(out.copy()).view(dtype).double().tolist()
     assert found == [nearest_even(value, mantissa, bias) for value in values]
 
 
+@pytest.mark.parametrize("arithmetic", [numba, numpy], ids=["numba", "numpy"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_all_16_bit_patterns_survive_decoding_and_encoding(dtype):
+def test_all_16_bit_patterns_survive_decoding_and_encoding(dtype, arithmetic):
     bits = np.arange(2**16, dtype=np.uint16)
     expected = torch.from_numpy(bits).view(dtype).double().numpy()
     decoded = np.empty(len(bits))
-    numba.decode(bits, NAMES[dtype], decoded)
+    arithmetic.decode(bits, NAMES[dtype], decoded)
     assert np.array_equal(decoded, expected, equal_nan=True)
     assert np.array_equal(np.signbit(decoded), np.signbit(expected))
     out = np.empty_like(bits)
-    assert numba.encode(decoded, NAMES[dtype], out), "the patterns hold NaN, which is reported"
+    assert arithmetic.encode(decoded, NAMES[dtype], out), "the patterns hold NaN, which is reported"
     number = expected == expected
     assert np.array_equal(out[number], bits[number])
     assert torch.from_numpy(out[~number]).view(dtype).isnan().all()
@@ -113,3 +117,26 @@ def test_non_contiguous_input():
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"early has shape \(2,\), late has \(3,\)"):
         lerp(torch.zeros(2), torch.zeros(3), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [*NAMES.values(), "F64"])
+def test_numpy_gives_the_bits_of_numba(dtype):
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal(100_000) * 10.0 ** generator.integers(-9, 5, 100_000)
+    halfway = (generator.integers(0x3F80, 0x4000, 1000).astype(np.uint32) << 16 | 0x8000).view(np.float32).astype(np.float64)
+    values = np.concatenate([values, halfway, np.nextafter(halfway, 0), np.nextafter(halfway, 9), -np.nextafter(halfway, 9)])
+    kind = numpy.BITS[dtype]
+    encoded = [np.empty(len(values), kind) for _ in range(2)]
+    reported = [arithmetic.encode(values, dtype, out) for arithmetic, out in zip((numba, numpy), encoded, strict=True)]
+    assert reported[0] == reported[1]
+    assert encoded[0].tobytes() == encoded[1].tobytes()
+    decoded = [np.empty(len(values)) for _ in range(2)]
+    for arithmetic, out in zip((numba, numpy), decoded, strict=True):
+        arithmetic.decode(encoded[0], dtype, out)
+    assert decoded[0].tobytes() == decoded[1].tobytes()
+    finite = np.nan_to_num(decoded[0], posinf=1.0, neginf=1.0)
+    mixed = [np.empty(len(values)) for _ in range(2)]
+    for arithmetic, out in zip((numba, numpy), mixed, strict=True):
+        arithmetic.mix(finite, values, 0.3, out)
+        arithmetic.add_scaled(out, values, 0.7)
+    assert mixed[0].tobytes() == mixed[1].tobytes()

@@ -24,7 +24,7 @@ from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo
 from lmcore.errors import UserError
 from lmcore.record import published, write_json
 from wiseft.card import Named, copy_model_files, write_card
-from wiseft.ops.lerp.numba import BITS, decode, encode
+from wiseft.ops.lerp.numpy import BITS, decode, encode
 from wiseft.plan import read_model_json
 from wiseft.stream import digest_line, total_digest
 

@@ -12,7 +12,7 @@ from lmcore.errors import UserError
 from lmcore.record import published
 from wiseft import stream
 from wiseft.card import Named, check_overwrite, copy_model_files, write_card
-from wiseft.ops.lerp.numba import BITS
+from wiseft.ops.lerp.numpy import BITS
 from wiseft.plan import DTYPE_NAMES, Missing, Plan, Step, check_delta, plan, read_model_json
 
 Source = str | os.PathLike[str]

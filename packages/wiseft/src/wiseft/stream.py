@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,11 +15,12 @@ from tqdm import tqdm
 
 from lmcore.checkpoint import DTYPES, Checkpoint, TensorInfo
 from lmcore.errors import UserError
-from wiseft.ops.lerp.numba import BITS, BLOCK, add_scaled, decode, encode, mix
+from wiseft.ops.lerp.numpy import BITS, BLOCK
 from wiseft.plan import Step
 
-Combine = Callable[[Step, int, list[np.ndarray], np.ndarray], None]
-"""`combine(step, number, sources, out)`: the float64 weights of output `number` from those of every source."""
+Combine = Callable[[ModuleType, Step, int, list[np.ndarray], np.ndarray], None]
+"""`combine(arithmetic, step, number, sources, out)`: the float64 weights of output `number` from those of every source."""
+_MANY = 2**28  # weights from which on numba's speed (four times NumPy's) is worth the second that importing it takes
 
 
 @runtime_checkable
@@ -28,17 +31,17 @@ class Sink(Protocol):
         """Take the bytes of a tensor from byte `start` on."""
 
 
-def interpolate(step: Step, number: int, sources: list[np.ndarray], out: np.ndarray) -> None:
+def interpolate(arithmetic: ModuleType, step: Step, number: int, sources: list[np.ndarray], out: np.ndarray) -> None:
     """The merge of two: `late + delta * (early - late)`."""
     early, late = sources
-    mix(early, late, step.deltas[number], out)
+    arithmetic.mix(early, late, step.deltas[number], out)
 
 
-def average(step: Step, number: int, sources: list[np.ndarray], out: np.ndarray) -> None:
+def average(arithmetic: ModuleType, step: Step, number: int, sources: list[np.ndarray], out: np.ndarray) -> None:
     """The soup of many: `sum(weight * x) / sum(weight)`."""
     out[:] = 0
     for source, weight in zip(sources, step.deltas, strict=True):
-        add_scaled(out, source, weight)
+        arithmetic.add_scaled(out, source, weight)
     out /= sum(step.deltas)
 
 
@@ -51,9 +54,11 @@ def run(steps: Sequence[Step], sources: Sequence[Checkpoint], sinks: Sequence[Si
     Raises: `UserError` that names a tensor holding NaN or infinity and where it is, or whose result the dtype cannot hold.
     """
     lines: list[list[str]] = [[] for _ in (*sources, *sinks)]
+    many = sum(step.mixed for step in steps) >= _MANY
+    arithmetic = import_module(f"wiseft.ops.lerp.{'numba' if many else 'numpy'}")
 
     def one(step: Step) -> None:
-        tensor = _Tensor(step, sources, sinks, combine)
+        tensor = _Tensor(step, sources, sinks, combine, arithmetic)
         tensor.run()
         for seen, line in zip(lines, tensor.digest_lines(), strict=True):
             seen += line
@@ -75,8 +80,10 @@ def run(steps: Sequence[Step], sources: Sequence[Checkpoint], sinks: Sequence[Si
 class _Tensor:
     """One tensor on its way through: its buffers and the digests of what was read and written."""
 
-    def __init__(self, step: Step, sources: Sequence[Checkpoint], sinks: Sequence[Sink], combine: Combine):
-        self.step, self.sources, self.sinks, self.combine = step, sources, sinks, combine
+    def __init__(
+        self, step: Step, sources: Sequence[Checkpoint], sinks: Sequence[Sink], combine: Combine, arithmetic: ModuleType
+    ):
+        self.step, self.sources, self.sinks, self.combine, self.arithmetic = step, sources, sinks, combine, arithmetic
         self._read = [xxhash.xxh3_128() for _ in sources]
         self._written = [xxhash.xxh3_128() for _ in sinks]
 
@@ -91,8 +98,8 @@ class _Tensor:
             for source, buffer in enumerate(weights):
                 self._decode(source, start, stop, buffer)
             for number in range(len(self.sinks)):
-                self.combine(step, number, weights, mixed[:count])
-                if encode(mixed[:count], target.dtype, data[:count]):
+                self.combine(self.arithmetic, step, number, weights, mixed[:count])
+                if self.arithmetic.encode(mixed[:count], target.dtype, data[:count]):
                     raise self._not_finite(weights, start)
                 self._write(number, start, data[:count])
         unchanged = step.mixed < target.size and self.sources[step.rest].tensors[target.name].dtype == target.dtype
@@ -102,7 +109,7 @@ class _Tensor:
             else:
                 self._decode(step.rest, start, stop, mixed[: stop - start])
                 rest = data[: stop - start]
-                if encode(mixed[: stop - start], target.dtype, rest):
+                if self.arithmetic.encode(mixed[: stop - start], target.dtype, rest):
                     raise self._not_finite([mixed[: stop - start]], start)
             for number in range(len(self.sinks)):
                 self._write(number, start, rest)
@@ -125,7 +132,7 @@ class _Tensor:
 
     def _decode(self, source: int, start: int, stop: int, out: np.ndarray) -> None:
         dtype = self.sources[source].tensors[self.step.target.name].dtype
-        decode(self._raw(source, start, stop).view(BITS[dtype]), dtype, out)
+        self.arithmetic.decode(self._raw(source, start, stop).view(BITS[dtype]), dtype, out)
 
     def _write(self, number: int, start: int, data: np.ndarray) -> None:
         self.sinks[number].write(self.step.target.name, start * DTYPES[self.step.target.dtype], data)

@@ -7,10 +7,9 @@ to bfloat16 rounds twice; here the bits of the double are rounded to nearest eve
 import numpy as np
 from numba import njit
 
-BLOCK = 32768  # weights at a time: the float64 buffers of a block stay within a core's cache
+from wiseft.ops.lerp.numpy import BLOCK
+
 TOO_LARGE_BF16, TOO_LARGE_F16 = (2 - 2.0**-8) * 2.0**127, 65520.0  # from here on, rounding gives infinity
-BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32, "F64": np.float64}
-"""How the weights of each dtype that can be mixed lie in memory: 16-bit floats as their bits."""
 
 
 def lerp(early, late, delta):
@@ -33,7 +32,7 @@ def lerp(early, late, delta):
 
 
 def decode(bits: np.ndarray, dtype: str, out: np.ndarray) -> None:
-    """Weights of a checkpoint dtype (see BITS) as float64, exactly."""
+    """Weights of a checkpoint dtype (see `numpy.BITS`) as float64, exactly."""
     {"BF16": _decode_bf16, "F16": _decode_f16, "F32": _widen, "F64": _widen}[dtype](bits, out)
 
 
@@ -52,7 +51,7 @@ def add_scaled(total, weights, factor):
 
 
 def encode(values: np.ndarray, dtype: str, out: np.ndarray) -> bool:
-    """Round float64 values to nearest even into `out` (see BITS). True if one of them is not finite, or not any more."""
+    """Round float64 values to nearest even into `out` (see `numpy.BITS`). True if one of them is not finite, or not any more."""
     return {"BF16": _encode_bf16, "F16": _encode_f16, "F32": _narrow, "F64": _narrow}[dtype](values, out)
 
 
