@@ -15,7 +15,7 @@ from lmcore import claims
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NUMBER = re.compile(r"(<!--=(\S+) (\S+) (\S+)-->).*?(<!--/-->)", re.DOTALL)
+NUMBER = re.compile(r"(<!--=(\S+) (\S+) (\S+?)-->).*?(<!--/-->)", re.DOTALL)
 CLAIMS = re.compile(r"(<!--claims (\S+)-->).*?(<!--/-->)", re.DOTALL)
 
 

@@ -260,7 +260,7 @@ def test_what_cannot_be_used_is_refused_before_a_sample_is_drawn(world, tmp_path
 
 
 def test_checkpoints_that_do_not_fit_are_refused(world, tmp_path):
-    tiny_llama(vocab_size=len(TOKENIZER), hidden_size=32, heads=1).save_pretrained(tmp_path / "wide")
+    tiny_llama(vocab_size=len(TOKENIZER), hidden_size=32, heads=1, tie=False).save_pretrained(tmp_path / "wide")
     problems = read_problems(world / "problems.jsonl")
     for early, words in (
         ([tmp_path / "wide"], "different architectures|no tensor"),

@@ -73,6 +73,7 @@ def plan(
 
     Raises: `UserError` for different architectures, quantised weights, shapes that do not match, unknown names, a bad regex or delta.
     """
+    deltas = [check_delta(delta) for delta in deltas]
     rules = [(_regex(pattern), check_delta(value)) for pattern, value in (module_deltas or {}).items()]
     _check_configs(early, late)
     _check_names(early, late, missing)
