@@ -17,9 +17,12 @@ PACKAGES = sorted(path.parents[2].name for path in ROOT.glob("packages/*/src/*/h
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("packages", nargs="*", choices=[*PACKAGES, []], default=PACKAGES)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=f"of {', '.join(PACKAGES)}; all by default")
     parser.add_argument("--scale", choices=claims.SCALES, default="default")
     options = parser.parse_args()
+    unknown = set(options.packages) - set(PACKAGES)
+    if unknown:
+        parser.error(f"no package {min(unknown)}: there are {', '.join(PACKAGES)}")
     runs = ROOT / "runs"
     results = []
     for package in options.packages or PACKAGES:
