@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 from lmcore import claims
 from lmcore.record import environment, write_json
@@ -18,7 +19,7 @@ PACKAGES = sorted(path.parents[2].name for path in ROOT.glob("packages/*/src/*/h
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=f"of {', '.join(PACKAGES)}; all by default")
-    parser.add_argument("--scale", choices=claims.SCALES, default="default")
+    parser.add_argument("--scale", choices=get_args(claims.Scale), default="default")
     options = parser.parse_args()
     unknown = set(options.packages) - set(PACKAGES)
     if unknown:

@@ -33,7 +33,7 @@ class Headline(cli.HeadlineCommand):
     def claims(self, out: Path) -> tuple[str, list]:
         with open(out / "attempts", "a") as attempts:
             attempts.write("x")
-        if self.seed == 13:
+        if self.seed == 13 and (out / "attempts").read_text() == "x":
             raise KeyboardInterrupt
         claim = claims.judge(id="a", statement="A holds.", effects=[1.0, 1.1], unit="points", seeds=[0, 1])
         return "example", [claim]
@@ -83,7 +83,9 @@ def test_warnings_are_one_line_of_the_program(capsys):
 def test_interrupted_headline_is_continued_and_a_finished_one_is_kept(tmp_path, capsys):
     out = tmp_path / "out"
     assert call("headline", "--out", str(out), "--seed", "13") == 130
-    assert call("headline", "--out", str(out)) == 0
+    assert call("headline", "--out", str(out)) == 2
+    assert "other options" in capsys.readouterr().err
+    assert call("headline", "--out", str(out), "--seed", "13") == 0
     assert (out / "attempts").read_text() == "xx", "what the interrupted run left is still there"
     assert call("headline", "--out", str(out)) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -100,5 +102,6 @@ def test_headline_prints_the_agreed_json(tmp_path, capsys):
     assert result["seeds"] == [0, 1]
     keys = {"id", "statement", "published", "measured", "interval", "seeds", "verdict", "rule"}
     assert set(result["claims"][0]) == keys
-    assert call("headline", "--scale", "tiny") == 2
-    assert "smoke" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        call("headline", "--out", str(out), "--scale", "tiny")
+    assert raised.value.code == 2

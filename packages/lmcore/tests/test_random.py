@@ -85,13 +85,23 @@ def test_keys_are_pinned(seed, name, words):
 )
 def test_numbers_are_pinned_on_every_back_end(seed, name, start, words, normals, backend):
     """What a stored mask or a published noise depends on: these may never change."""
-    drawn = {kind: draw(seed, name, 6, start=start, device=backend).tolist() for kind, draw in DRAWS.items()}
+    drawn = {kind: draw(seed, name, 6, start=start, device=backend).tolist() for kind, draw in DRAWS.items() if kind != "signs"}
     assert drawn == {
         "random_bits": words,
-        "signs": [1 if word >= 2**31 else -1 for word in words],
         "uniform": [(word >> 8) / 2**24 for word in words],
         "normal": [float.fromhex(number) for number in normals],
     }
+
+
+@pytest.mark.parametrize(
+    ("seed", "name", "start", "signs"),
+    [
+        (0, "model.embed_tokens.weight", 0, "+-----++-+---+-+-+-++-+-+--+--++----+-++-+--+--++--++---+-+-++++--++-+"),
+        (0, "lm_head.weight", 2**39 - 3, "+-+--+---++-+--++-+-++-+--+-+-+-+--+++-++++---++-+-+++-+--+--+-+--+---"),
+    ],
+)
+def test_signs_are_pinned_on_every_back_end(seed, name, start, signs, backend):
+    assert random.signs(seed, name, 70, start=start, device=backend).tolist() == [1 if sign == "+" else -1 for sign in signs]
 
 
 @pytest.mark.parametrize("kind", DRAWS)
@@ -143,7 +153,7 @@ sys.exit("torch" in sys.modules)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=plain)
     assert run.returncode == 0, run.stderr
     drawn = [[float(number) for number in line.split()] for line in run.stdout.splitlines()]
-    assert drawn == [draw(0, "weight", 5, start=2**34 - 2).tolist() for draw in DRAWS.values()]
+    assert drawn == [DRAWS[kind](0, "weight", 5, start=2**34 - 2).tolist() for kind in random.DTYPES]
 
 
 @pytest.mark.parametrize(
@@ -224,10 +234,17 @@ def test_a_million_draws_have_the_distribution_they_claim():
     assert (ones - 0.5).abs().max() < 4 * 0.5 / math.sqrt(n)
 
 
-def test_signs_uniforms_and_normals_of_one_name_agree():
-    sign, uniform, normal = (DRAWS[kind](0, "weight", 5001) for kind in ("signs", "uniform", "normal"))
-    assert torch.equal(sign == 1, uniform >= 0.5)
-    assert torch.equal(sign == 1, normal >= 0)
+def test_uniforms_and_normals_of_one_name_agree():
+    uniform, normal = (DRAWS[kind](0, "weight", 5001) for kind in ("uniform", "normal"))
+    assert torch.equal(uniform >= 0.5, normal >= 0)
+
+
+@pytest.mark.parametrize("start", [0, 1, 31, 32, 2**39 - 17])
+def test_a_sign_is_one_bit_of_a_word_the_lowest_first(start):
+    words = random.random_bits(0, "weight", 4, start=start // 32).tolist()
+    places = range(start % 32, start % 32 + 90)
+    expected = [1 if words[place // 32] >> (place % 32) & 1 else -1 for place in places]
+    assert random.signs(0, "weight", 90, start=start).tolist() == expected
 
 
 def test_other_names_seeds_and_places_are_independent():

@@ -1,13 +1,9 @@
-"""Checkpoints as ranges of bytes: read any, write in any order, never hold more than a range, never import torch unless asked.
+"""Safetensors checkpoints as ranges of bytes: read any, write in any order, never hold more than a range, import torch only if asked."""
 
-The format of the files is that of the safetensors specification.
-"""
-
-import errno
 import json
 import math
 import os
-import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -52,6 +48,12 @@ class TensorInfo:
         return self.size * DTYPES[self.dtype]
 
 
+def _close(opened: "Checkpoint | CheckpointWriter") -> None:
+    """Close the files; unsealed ones stay unreadable."""
+    while opened._descriptors:
+        os.close(opened._descriptors.popitem()[1])
+
+
 class Checkpoint(AbstractContextManager["Checkpoint"]):
     """An open checkpoint: names, shapes and dtypes from the headers alone, and any range of any tensor as raw bytes.
 
@@ -59,8 +61,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     a checkpoint. `tensors` is in file order; `metadata` has the `__metadata__` of each file, `index` the index file if there is one.
 
     >>> from lmcore.models import tiny_llama
-    >>> folder = tempfile.mkdtemp()
-    >>> tiny_llama(vocab_size=16).save_pretrained(folder)
+    >>> tiny_llama(vocab_size=16).save_pretrained(folder := tempfile.mkdtemp())
     >>> with Checkpoint.open(folder) as checkpoint:
     ...     checkpoint.tensors["model.norm.weight"].shape, checkpoint.read("model.norm.weight", 0, 8)
     ((64,), array([  0,   0, 128,  63,   0,   0, 128,  63], dtype=uint8))
@@ -70,21 +71,18 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         self.path, self.index = path, index
         self.metadata: dict[str, dict[str, str] | None] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self._descriptors: dict[Path, int] = {}
         for file in files:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
             self.metadata[file.name], tensors = read_header(file)
             for tensor in tensors:
                 if tensor.name in self.tensors:
                     raise UserError(f"{file}: tensor {tensor.name} is in {self.tensors[tensor.name].file.name} too")
                 self.tensors[tensor.name] = tensor
-        self._descriptors: dict[Path, int] = {}
-        self._opening = threading.Lock()
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> "Checkpoint":
-        """Open a folder, a .safetensors file, an index file, or a Hub id (the local cache first, then a download).
-
-        Raises: `UserError` that names the file, and the tensor where there is one, if anything in the headers is wrong.
-        """
+        """Open a folder, a .safetensors or index file, or a Hub id (local cache first); `UserError` names the file and tensor at fault."""
         path = Path(source) if Path(source).exists() else _from_hub(str(source))
         file = _file_in(path) if path.is_dir() else path
         return cls._from_index(file) if file.name.endswith(".index.json") else cls(path, [file])
@@ -96,9 +94,6 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         if not 0 <= start <= stop <= tensor.nbytes:
             raise ValueError(f"range [{start}, {stop}) of {name}, which has {tensor.nbytes} bytes")
         data, done = np.empty(stop - start, np.uint8), 0
-        with self._opening:
-            if tensor.file not in self._descriptors:
-                self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         while done < len(data):
             count = os.preadv(self._descriptors[tensor.file], [data[done:].data], tensor.start + start + done)
             if count == 0:
@@ -114,10 +109,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         numbers = torch.from_numpy(self.read(name).view(f"u{DTYPES[info.dtype]}"))
         return numbers.view(getattr(torch, _TORCH[info.dtype])).reshape(info.shape)
 
-    def close(self) -> None:
-        """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+    close = __del__ = _close
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -134,48 +126,37 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
             if not file.is_file():
                 raise UserError(f"{file}: this shard is missing (named in {path.name})")
         opened = cls(path.parent, files, index)
-        for name, tensor in opened.tensors.items():
-            if name not in weight_map:
-                raise UserError(f"{tensor.file}: tensor {name} is not in the index")
-        for name, shard in weight_map.items():
-            found = opened.tensors[name].file.name if name in opened.tensors else "no shard"
-            if found != shard:
-                raise UserError(f"{path.parent / shard}: tensor {name} is missing (found in {found}), though in the index")
+        found = {name: tensor.file.name for name, tensor in opened.tensors.items()}
+        for name in {**weight_map, **found}:
+            if found.get(name) != weight_map.get(name):
+                where = f"is in {found.get(name, 'no shard')}, though {path.name} names {weight_map.get(name, 'none')}"
+                raise UserError(f"{path.parent / (weight_map | found)[name]}: tensor {name} {where}")
         return opened
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Preallocates the shards of a checkpoint in `folder` and fills them; leaving the `with` block seals it.
 
-    `shards` maps file names to the tensors in them (name, dtype and shape count; `file` and `start` are assigned here). Threads may
-    write at once. The headers are written last, by `seal`: until then every shard starts with eight zero bytes, which no reader takes
-    for a safetensors file, so a killed run cannot be loaded as complete. Fill it inside `lmcore.record.published`, which renames:
+    `shards` maps file names to the tensors in them (name, dtype and shape count; `file` and `start` are assigned here); several shards get
+    an index file. Threads may write at once. The headers are written last, by `seal`: until then every shard starts with eight zero bytes,
+    which no reader takes for a safetensors file, so a killed run cannot be loaded as complete. Fill it inside `lmcore.record.published`:
 
         with published(out, overwrite=overwrite) as folder, CheckpointWriter(folder, shards_like(late)) as writer:
             writer.write(name, 0, data)
-
-    A single shard is `model.safetensors` (or the name it is given); several come with an index file.
     """
 
-    def __init__(
-        self, folder: Path, shards: Mapping[str, Sequence[TensorInfo]], *,
-        metadata: Mapping[str, dict[str, str] | None] | None = None, index_metadata: Mapping[str, Any] | None = None,
-    ):  # fmt: skip
+    def __init__(self, folder: Path, shards: Mapping[str, Sequence[TensorInfo]], *, index_metadata: Mapping[str, Any] | None = None,
+                 metadata: Mapping[str, dict[str, str] | None] | None = None):  # fmt: skip
         self.tensors: dict[str, TensorInfo] = {}
         self._folder, self._index_metadata = folder, index_metadata
         self._headers: dict[Path, bytes] = {}
         self._descriptors: dict[Path, int] = {}
-        try:
-            for name, tensors in shards.items():
-                self._allocate(folder / name, tensors, (metadata or {}).get(name, {"format": "pt"}))
-        except BaseException:
-            self.close()
-            raise
+        for name, tensors in shards.items():
+            self._allocate(folder / name, tensors, (metadata or {}).get(name, {"format": "pt"}))
 
     def write(self, name: str, start: int, data: np.ndarray) -> None:
         """Write the bytes of `data` (any dtype, C order) at byte `start` of a tensor."""
-        tensor = self.tensors[name]
-        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        tensor, view = self.tensors[name], np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         if start < 0 or start + len(view) > tensor.nbytes:
             raise ValueError(f"bytes [{start}, {start + len(view)}) of {name}, which has {tensor.nbytes} bytes")
         position = tensor.start + start
@@ -189,16 +170,12 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             total = sum(tensor.nbytes for tensor in self.tensors.values())
             weight_map = {name: tensor.file.name for name, tensor in self.tensors.items()}
             index = {"metadata": {**(self._index_metadata or {}), "total_size": total}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self._folder / "model.safetensors.index.json").write_text(text)
+            (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         for path, header in self._headers.items():
             os.pwrite(self._descriptors[path], header[8:], 8)
             os.pwrite(self._descriptors[path], header[:8], 0)
 
-    def close(self) -> None:
-        """Close the files; unsealed ones stay unreadable."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+    close = __del__ = _close
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
@@ -224,10 +201,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._descriptors[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             os.posix_fallocate(self._descriptors[path], 0, base + stop)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"{path.parent}: no room for {path.name}, which takes {base + stop:,} bytes") from None
-            raise
+        except OSError as error:  # which names neither the file nor its size
+            raise OSError(error.errno, f"{error.strerror}: it takes {base + stop:,} bytes", str(path)) from None
 
 
 def shards_like(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, list[TensorInfo]]:
@@ -246,9 +221,10 @@ def _file_in(folder: Path) -> Path:
             return folder / name
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
-        others = f"{len(found)} other safetensors files"
-        if not found and any(folder.glob("*.bin")):
-            others = "only pickled weights (.bin): load and save_pretrained them with transformers first"
+        pickled = not found and any(folder.glob("*.bin"))
+        others = (
+            "only pickled weights (.bin): save them anew with transformers" if pickled else f"{len(found)} safetensors files"
+        )
         raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json, but {others}")
     return found[0]
 
@@ -285,12 +261,11 @@ def _tensor(file: Path, name: str, entry: Any, end: int, base: int) -> TensorInf
     who = f"{file}: tensor {name}"
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = dtype in DTYPES and all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        if dtype not in DTYPES or not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError(entry)
     except _MALFORMED:
-        sound = False
-    if not sound:
         needed = f"a dtype of {', '.join(DTYPES)}, and a shape and two data_offsets in whole numbers >= 0"
-        raise UserError(f"{who} is described as {entry}, which is not {needed}")
+        raise UserError(f"{who} is described as {entry}, which is not {needed}") from None
     tensor = TensorInfo(name, dtype, shape, file, base + start)
     if stop - start != tensor.nbytes:
         raise UserError(f"{who} has offsets {start} to {stop}, but its shape takes {tensor.nbytes} bytes")
@@ -301,12 +276,10 @@ def _tensor(file: Path, name: str, entry: Any, end: int, base: int) -> TensorInf
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in named:
-            raise ValueError(f"{name} is there twice")
-        named[name] = value
-    return named
+    (name, count), *_ = [*Counter(name for name, _ in pairs).most_common(1), ("", 0)]
+    if count > 1:
+        raise ValueError(f"{name} is there twice")
+    return dict(pairs)
 
 
 def _from_hub(source: str) -> Path:
@@ -319,9 +292,8 @@ def _from_hub(source: str) -> Path:
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(source, allow_patterns=wanted, local_files_only=offline))
-        except Exception as error:  # the Hub's client raises its own errors, the network's and the operating system's
-            reason = f"{type(error).__name__}: {error}"
-        else:
             if not offline or any(folder.glob("*.safetensors")):  # the cache may hold no more than a tokenizer
                 return folder
+        except Exception as error:  # the Hub's client raises its own errors, the network's and the operating system's
+            reason = f"{type(error).__name__}: {error}"
     raise UserError(f"{source} is neither a folder here nor could it be had from the Hub ({reason})")

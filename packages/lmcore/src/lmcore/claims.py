@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 Verdict = Literal["reproduced", "direction only", "not reproduced", "not tested"]
-SCALES = ("smoke", "default", "long", "full")
+Scale = Literal["smoke", "default", "long", "full"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,9 @@ class Claim:
     verdict: Verdict
     rule: str
 
-    def to_json(self) -> dict[str, Any]:
-        """The claim as plain JSON values."""
-        return dataclasses.asdict(self)
 
-
-def judge(
-    *, id: str, statement: str, effects: Sequence[float], unit: str, seeds: Sequence[int],
-    at_least: float = 0.0, published: Quantity | None = None, level: float = 0.95,
-) -> Claim:  # fmt: skip
+def judge(*, id: str, statement: str, effects: Sequence[float], unit: str, seeds: Sequence[int],
+          at_least: float = 0.0, published: Quantity | None = None, level: float = 0.95) -> Claim:  # fmt: skip
     """Turn one effect per seed, signed so that positive is what the paper claims, into a verdict.
 
     `reproduced`: the Student t interval over seeds lies above 0 and the mean is at least `at_least`. `direction only`: the mean is above
@@ -50,15 +44,12 @@ def judge(
         raise ValueError(f"claim {id}: {len(effects)} effects for {len(seeds)} seeds, all must be finite: {list(effects)}")
     mean = fmean(effects)
     interval = seed_interval(effects, level) if len(effects) > 1 else None
-    verdict: Verdict = "direction only" if mean > 0 else "not reproduced"
-    if interval is not None and interval[0] > 0 and mean >= at_least:
-        verdict = "reproduced"
+    clear = interval is not None and interval[0] > 0 and mean >= at_least
+    verdict: Verdict = "reproduced" if clear else "direction only" if mean > 0 else "not reproduced"
     threshold = f" and the mean is at least {at_least:g}" if at_least else ""
     rule = f"reproduced if the {level:.0%} t interval over seeds is above 0{threshold}; direction only if the mean is above 0"
-    return Claim(
-        id=id, statement=statement, published=published, measured=Quantity(mean, unit),
-        interval=interval, seeds=tuple(seeds), verdict=verdict, rule=rule,
-    )  # fmt: skip
+    return Claim(id=id, statement=statement, published=published, measured=Quantity(mean, unit),
+                 interval=interval, seeds=tuple(seeds), verdict=verdict, rule=rule)  # fmt: skip
 
 
 def not_tested(*, id: str, statement: str, why: str, published: Quantity | None = None) -> Claim:
@@ -69,18 +60,23 @@ def not_tested(*, id: str, statement: str, why: str, published: Quantity | None 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     """Student t interval of the mean over seeds: mean ± t * s / sqrt(n), as (low, high, level).
 
-    >>> low, high, _ = seed_interval([1.0, 2.0, 3.0])
-    >>> round(low, 3), round(high, 3)  # t = 4.303 at 2 degrees of freedom
-    (-0.484, 4.484)
+    >>> [round(number, 3) for number in seed_interval([1.0, 2.0, 3.0])]  # t = 4.303 at 2 degrees of freedom
+    [-0.484, 4.484, 0.95]
     """
-    half = _student_t(level, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    import numpy as np
+
+    degrees, angle = len(values) - 1, np.linspace(0, np.pi / 2, 200_001)  # t = sqrt(degrees) tan(angle)
+    density = np.cos(angle) ** (degrees - 1)
+    mass = np.cumsum(density) - (density + density[0]) / 2  # trapezoids up to each angle
+    t = math.sqrt(degrees) * math.tan(np.interp(level, mass / mass[-1], angle))
+    half = t * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half, level
 
 
 def to_json(package: str, claims: Sequence[Claim], *, scale: str) -> dict[str, Any]:
     """What `<package> headline --json` prints: package, scale, seeds and the claims."""
     seeds = sorted({seed for claim in claims for seed in claim.seeds})
-    return {"package": package, "scale": scale, "seeds": seeds, "claims": [claim.to_json() for claim in claims]}
+    return {"package": package, "scale": scale, "seeds": seeds, "claims": [dataclasses.asdict(claim) for claim in claims]}
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -91,24 +87,12 @@ def rows(result: dict[str, Any]) -> list[dict[str, str]]:
         published = f"{known['value']:g} {known['unit']}" if known else "-"
         measured = f"{found['value']:+.3g} {found['unit']}" if found else "-"
         measured += f" [{interval[0]:+.3g}, {interval[1]:+.3g}]" if interval else ""
-        row = {"claim": claim["statement"], "published": published, "measured": measured}
-        table.append(row | {"verdict": claim["verdict"], "seeds": str(len(claim["seeds"]))})
+        numbers = {"published": published, "measured": measured, "verdict": claim["verdict"]}
+        table.append({"claim": claim["statement"], **numbers, "seeds": str(len(claim["seeds"]))})
     return table
 
 
 def as_text(result: dict[str, Any]) -> str:
     """The claims as text for a terminal: a line with verdict and numbers, then the statement."""
-    lines = [f"{result['package']} headline, scale {result['scale']}"]
-    for row in rows(result):
-        lines += [f"  {row['verdict']:<15} {row['measured']}", f"  {'':<15} {row['claim']}"]
-    return "\n".join(lines)
-
-
-def _student_t(level: float, degrees: int) -> float:
-    """Two-sided quantile of Student's t: with t = sqrt(v) tan(a), the density of a is proportional to cos(a)^(v-1)."""
-    import numpy as np
-
-    angle = np.linspace(0, np.pi / 2, 200_001)
-    density = np.cos(angle) ** (degrees - 1)
-    mass = np.cumsum(density) - (density + density[0]) / 2  # trapezoids up to each angle
-    return math.sqrt(degrees) * math.tan(np.interp(level, mass / mass[-1], angle))
+    lines = [f"  {row['verdict']:<15} {row['measured']}\n  {'':<15} {row['claim']}" for row in rows(result)]
+    return "\n".join([f"{result['package']} headline, scale {result['scale']}", *lines])

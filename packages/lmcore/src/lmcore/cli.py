@@ -1,11 +1,11 @@
 """One way to make a command line: frozen dataclasses are the options, the help and the saved config."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,13 @@ from typing import Any
 
 import tyro
 
+from lmcore.claims import Scale, as_text, to_json
 from lmcore.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A subcommand. A subclass adds its options as fields, with docstrings as their help, and says what to do in `run`.
-
-    The class docstring is the help of the subcommand, its first line the summary. Anything slow is imported inside `run`.
-    """
+    """A subcommand: fields are its options, docstrings the help. What takes time to import is imported inside `run`."""
 
     seed: int = 0
     """Seed of everything random."""
@@ -42,8 +40,7 @@ class Command:
 def main(program: str, description: str, commands: Sequence[type[Command]], args: Sequence[str] | None = None) -> int:
     """Parse `args` (default `sys.argv[1:]`), run the chosen command and return the exit status.
 
-    0: done. 2: the arguments or the input cannot be used (`UserError`, one line on stderr). 130: interrupted; the same
-    command resumes or starts again. Any other exception is a bug and shows its traceback.
+    0: done. 2: arguments or input that cannot be used, a full disk (one line on stderr). 130: interrupted. Any other exception is a bug.
     """
     named: dict[str, Callable[..., Command]] = {command.__name__.lower(): command for command in commands}
     flags = (tyro.conf.FlagCreatePairsOff,)
@@ -58,14 +55,16 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
         else:
             chosen.show(result)
         sys.stdout.flush()
-    except UserError as error:
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -73,9 +72,9 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
 class HeadlineCommand(Command):
     """Run the paper's claims on data and models that come with the installed packages; a subclass says how in `claims`."""
 
-    out: Path | None = None
-    """Folder for claims.json, the tables and the figures; without it, only the claims are printed."""
-    scale: str = "default"
+    out: Path
+    """Folder for claims.json, the tables and the figures."""
+    scale: Scale = "default"
     """smoke (under 20 s), default (at most 3 minutes on 2 cores), long (up to an hour, all seeds) or full (a GPU)."""
     overwrite: bool = False
     """Run again where the folder holds a finished run; one that was interrupted is continued."""
@@ -86,23 +85,17 @@ class HeadlineCommand(Command):
 
     def run(self) -> dict[str, Any]:
         """Run the claims and return them as `claims.to_json` does; claims.json, written last, marks a finished folder."""
-        from lmcore import claims, record
+        from lmcore import record
 
-        if self.scale not in claims.SCALES:
-            raise UserError(f"--scale {self.scale}: choose one of {', '.join(claims.SCALES)}")
-        with tempfile.TemporaryDirectory() as temporary:
-            out = self.out or Path(temporary)
-            if (out / "claims.json").exists():
-                if not self.overwrite:
-                    raise UserError(f"{out} holds a finished headline: choose another --out or pass --overwrite")
-                shutil.rmtree(out)
-            out.mkdir(parents=True, exist_ok=True)
-            result = claims.to_json(*self.claims(out), scale=self.scale)
-            record.write_json(out / "claims.json", result)
+        if (self.out / "claims.json").exists():
+            if not self.overwrite:
+                raise UserError(f"{self.out} holds a finished headline: choose another --out or pass --overwrite")
+            shutil.rmtree(self.out)
+        record.Run(self.out, {"scale": self.scale, "seed": self.seed})
+        result = to_json(*self.claims(self.out), scale=self.scale)
+        record.write_json(self.out / "claims.json", result)
         return result
 
     def show(self, result: dict[str, Any]) -> None:
         """Print the claims as a table."""
-        from lmcore import claims
-
-        print(claims.as_text(result))
+        print(as_text(result))

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     import transformers
 
 
-def load_causal_lm(
-    source: str | Path, *, dtype: "torch.dtype | None" = None, device: "str | torch.device" = "cpu"
-) -> "tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]":
+def load_causal_lm(source: str | Path, *, dtype: "torch.dtype | None" = None, device: "str | torch.device" = "cpu"
+                   ) -> "tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]":  # fmt: skip
     """Model (in evaluation mode, float32 unless `dtype` is given) and tokenizer of a folder, a Hub id or the packaged `"smollm2"`.
 
     A Hub id is downloaded only where the local cache lacks it. transformers fills missing weights with random numbers: here they
@@ -42,10 +41,9 @@ def load_causal_lm(
     return model.to(device), tokenizer
 
 
-def tiny_llama(
-    *, vocab_size: int, hidden_size: int = 64, layers: int = 2, heads: int = 4, intermediate_size: int | None = None,
-    max_positions: int = 256, tie: bool = True, seed: int = 0, dtype: "torch.dtype | None" = None,
-) -> "transformers.LlamaForCausalLM":  # fmt: skip
+def tiny_llama(*, vocab_size: int, hidden_size: int = 64, layers: int = 2, heads: int = 4, intermediate_size: int | None = None,
+               max_positions: int = 256, tie: bool = True, seed: int = 0,
+               dtype: "torch.dtype | None" = None) -> "transformers.LlamaForCausalLM":  # fmt: skip
     """A new `LlamaForCausalLM`: the same arguments give the same bits, and the global random state is left alone.
 
     `intermediate_size` is 4 x `hidden_size` if None; weights are drawn in float32, then cast to `dtype`. It has no eos token.
@@ -57,9 +55,8 @@ def tiny_llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=intermediate_size or 4 * hidden_size, max_position_embeddings=max_positions,
-        tie_word_embeddings=tie, bos_token_id=None, eos_token_id=None,
+        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads, tie_word_embeddings=tie,
+        intermediate_size=intermediate_size or 4 * hidden_size, max_position_embeddings=max_positions, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the generators of GPUs too

@@ -27,14 +27,13 @@ def cached(name: str, inputs: Any, make: Callable[[Path], None]) -> Path:
     It appears by one rename: a killed `make` leaves nothing that looks finished. Of two processes, one makes it and the other waits.
     The cache is `$TENFOLD_CACHE`, else `$XDG_CACHE_HOME/tenfold`, else `~/.cache/tenfold`.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    digest = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
-    folder = Path(os.environ.get("TENFOLD_CACHE") or Path(base, "tenfold")) / f"{name}-{digest}"
+    base = os.environ.get("TENFOLD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tenfold")
+    folder = Path(base, f"{name}-{hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()}")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops it when the process ends, however it ends
-            if not folder.is_dir():
+            if not folder.is_dir():  # made by another process meanwhile
                 with published(folder) as unfinished:
                     make(unfinished)
     return folder

@@ -51,9 +51,8 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> "transformers.PreTra
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained.to_str()), **_NAMED)
 
 
-def tokens(
-    documents: Iterable[str], tokenizer: "transformers.PreTrainedTokenizerFast", *, held_out: float = 0.1, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def tokens(documents: Iterable[str], tokenizer: "transformers.PreTrainedTokenizerFast", *,
+           held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Token ids for training and held out, uint16 (uint32 for a vocabulary over 65,536), an eos after each document; cached.
 
     Sides hold whole documents, chosen by a hash of `seed` and text alone. Special tokens spelled out in them are ordinary text.
@@ -78,10 +77,7 @@ def tokens(
 
 
 def prose(*, packages: Sequence[str] = ("numpy", "torch", "transformers")) -> dict[str, str]:
-    """The distinct docstrings over 200 characters, in a fixed order, each with its source `path:line`; cached.
-
-    Raises: `UserError` with the command to run if a package is not installed.
-    """
+    """The distinct docstrings over 200 characters in packages (all installed), in a fixed order, each with its `path:line`; cached."""
     folders = [package_folder(package, f"pip install {package}") for package in packages]
 
     def make(cache: Path) -> None:

@@ -1,6 +1,7 @@
 """The page of the headline: claims, tables and figures from what `headline_seed.measure` found for each seed."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_page(path: Path, claims: Sequence[Claim], worlds: Sequence[Record], se
         f"exact on {world.test_problems} test problems; {len(worlds)} seeds.",
     )
     page.section("Claims")
-    page.table(rows({"claims": [claim.to_json() for claim in claims]}), "Effects are positive where the paper's claim holds.")
+    page.table(rows({"claims": [asdict(claim) for claim in claims]}), "Effects are positive where the paper's claim holds.")
     page.section("Pass@k")
     page.table(
         _models(worlds),

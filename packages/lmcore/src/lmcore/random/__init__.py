@@ -1,8 +1,8 @@
 """Random numbers that are a function of (seed, name, flat index): any range, in any order, on any device, the same bits.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") makes four 32-bit words of a key, a hash of the seed and
-a tensor's name, and a 64-bit counter, flat index // 4; a number is made of word flat index % 4. Signs, uniforms and normals of one name
-share words: independent draws need different names. Importing this does not import torch, nor does filling a NumPy array.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") makes four words of a key, a hash of the seed and a
+tensor's name, and a 64-bit counter: word i is lane i % 4 of counter i // 4. Number i is made of word i, sign i of a bit of word i // 32.
+Draws of one name share words: independent ones need different names. Importing this does not import torch, nor does filling an array.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ from lmcore.dispatch import pick
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"random_bits": "uint32", "signs": "int8", "uniform": "float32", "normal": "float32"}
+DTYPES = {"random_bits": "uint32", "uniform": "float32", "normal": "float32"}
 
 
 def random_bits(seed: int, name: str, size: int, *, start: int = 0, device: "torch.device | str" = "cpu") -> "torch.Tensor":
@@ -26,12 +26,17 @@ def random_bits(seed: int, name: str, size: int, *, start: int = 0, device: "tor
 
 
 def signs(seed: int, name: str, size: int, *, start: int = 0, device: "torch.device | str" = "cpu") -> "torch.Tensor":
-    """Return 1 where the highest bit of the word is set (there `uniform` >= 0.5 and `normal` >= 0), else -1: int8 [size].
+    """Return signs `start` to `start + size`: sign i is 1 where bit i % 32 of word i // 32 is set, else -1: int8 [size].
 
     >>> signs(0, "lm_head.weight", 5)
-    tensor([-1, -1,  1,  1, -1], dtype=torch.int8)
+    tensor([ 1, -1,  1,  1, -1], dtype=torch.int8)
     """
-    return _draw("signs", seed, name, size, start, device)
+    import torch
+
+    skip = start % 32
+    words = random_bits(seed, name, (skip + size + 31) // 32, start=start // 32, device=device)
+    bits = words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device) & 1
+    return bits.flatten()[skip : skip + size].to(torch.int8) * 2 - 1
 
 
 def uniform(seed: int, name: str, size: int, *, start: int = 0, device: "torch.device | str" = "cpu") -> "torch.Tensor":
@@ -52,8 +57,7 @@ def fill(out: "np.ndarray | torch.Tensor", kind: str, seed: int, name: str, star
     """Overwrite `out` [size] by what the function called `kind` returns. Raises `ValueError` for another rank or dtype or `start` < 0."""
     if start < 0 or out.ndim != 1 or str(out.dtype).removeprefix("torch.") != DTYPES[kind]:
         raise ValueError(f"{kind} needs start >= 0, not {start}, and out {DTYPES[kind]} [size], not {out.dtype} {[*out.shape]}")
-    backend = pick(__name__) if isinstance(out, np.ndarray) else pick(__name__, out)
-    backend.fill(out, kind, key(seed, name), start)
+    pick(__name__, out).fill(out, kind, key(seed, name), start)
 
 
 def key(seed: int, name: str) -> tuple[int, int]:

@@ -42,8 +42,6 @@ def _fill(out, kind, key0, key1, start, table):
             if kind == 0:
                 piece[i] = word
             elif kind == 1:
-                piece[i] = 1 if word >> 31 else -1
-            elif kind == 2:
                 piece[i] = np.float32(word >> 8) * np.float32(2**-24)
             else:
                 piece[i] = as_normal(word, table)

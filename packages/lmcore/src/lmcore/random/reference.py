@@ -15,8 +15,6 @@ def fill(out: Tensor, kind: str, key: tuple[int, int], start: int) -> None:
     word = torch.stack(lanes, dim=1).flatten()[start % 4 :][: len(out)]
     if kind == "random_bits":
         out.copy_(word)
-    elif kind == "signs":
-        out.copy_((word >> 31) * 2 - 1)
     elif kind == "uniform":
         out.copy_((word >> 8).float() * 2**-24)
     else:

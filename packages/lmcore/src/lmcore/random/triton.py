@@ -10,9 +10,8 @@ from lmcore.random.reference import table
 def fill(out, kind, key, start):
     """Overwrite `out` with the numbers from flat index `start` on."""
     grid = (triton.cdiv(start % 4 + len(out), 2048),)  # the words of 512 counters
-    key = key[0] | key[1] << 32
     with torch.cuda.device_of(out):
-        _fill[grid](out, out.stride(0), table(out.device), key, start, len(out), kind, enable_fp_fusion=False)
+        _fill[grid](out, out.stride(0), table(out.device), key[0] | key[1] << 32, start, len(out), kind, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -36,9 +35,7 @@ def _fill(out, stride, table, key: tl.uint64, start: tl.int64, size, KIND: tl.co
     word = words(key, first + tl.arange(0, COUNTERS))
     offset = 4 * first - start + tl.arange(0, 4 * COUNTERS)
     number = word
-    if KIND == "signs":
-        number = tl.where(word >> 31 == 1, 1, -1)
-    elif KIND == "uniform":
+    if KIND == "uniform":
         number = (word >> 8).to(tl.float32) * 2.0**-24
     elif KIND == "normal":
         number = as_normal(word, table)

@@ -12,18 +12,13 @@ from lmcore.ops.linear_logprob import reference
 
 
 @overload
-def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ..., softcap: float | None = ...
-) -> Tensor: ...
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ...,
+                   softcap: float | None = ...) -> Tensor: ...  # fmt: skip
 @overload
-def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ..., softcap: float | None = ...,
-    *, return_entropy: Literal[True],
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, softcap: float | None = None,
-    return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = ...,
+                   softcap: float | None = ..., *, return_entropy: Literal[True]) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None,
+                   softcap: float | None = None, return_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Compute log p(target) (nats, <= 0) and, on request, the entropy of p (nats, >= 0), for p = softmax(z) of a linear head.
 
         z_j = hidden · weight_j + bias_j,  then  z_j <- softcap tanh(z_j / softcap)  where a softcap is given
@@ -35,17 +30,15 @@ def linear_logprob(
     >>> linear_logprob(hidden, weight, target, bias=torch.tensor([2.0, 0, 0, 0]), return_entropy=True)
     (tensor([-0.3408, -2.3408]), tensor([0.9183, 0.9183]))
 
-    Shapes: `hidden` [n, d], `weight` [V, d], `target` [n] int64, `bias` [V], any strides; the results [n], not reduced.
-    No label is ignored: select the tokens that count before the call, and the others cost nothing.
-    Dtypes: `hidden`, `weight` and `bias` share float32, bfloat16, float16 or float64; float64 runs on the reference everywhere. Arithmetic
-    and results are float32 (float64 for float64). Gradients (first order only, and only those needed) are rounded once at the end; kernels
-    also round the logits' gradients to a half dtype, as the backward of the head itself would: float16 wants its usual loss scaling.
-    Cost: 2 n V d FLOPs forward; backward 2 n V d to recompute the logits, 2 n V d per matrix gradient. The limit is arithmetic; for
-    few tokens, reading the weight. Memory beyond inputs and results: some tiles of `reference.TILE` logits or one of `triton.TILE`, floats
-    per token, float32 copies of half inputs. Kernels fuse product, bias, softcap, logsumexp, entropy and choice of the target.
-    `torch.compile` takes the op whole: no graph break.
-    Raises: `ValueError` naming the argument whose shape, dtype or device does not fit, or a target outside [0, V). On a GPU, where
-    checking targets would wait for them, the log-probability of such a target is NaN. Logits must be finite.
+    Shapes: `hidden` [n, d], `weight` [V, d], `target` [n] int64, `bias` [V], any strides; the results [n], not reduced. No label is
+    ignored: select the tokens that count before the call, and the others cost nothing. `torch.compile` takes the op whole.
+    Dtypes: `hidden`, `weight` and `bias` share float32, bfloat16, float16 or float64 (always on the reference). Arithmetic and results are
+    float32 (float64 for float64). Gradients (first order only, and only those needed) are rounded once at the end; kernels also round the
+    logits' gradients to a half dtype, as the head's own backward would: float16 wants its usual loss scaling. Cost: 2 n V d FLOPs forward;
+    backward 2 n V d to recompute the logits and per matrix gradient. The limit is arithmetic (few tokens: reading the weight). Memory past
+    inputs and results: some tiles of `reference.TILE` logits or one of `triton.TILE`, floats per token, float32 copies of half inputs.
+    Kernels fuse product, bias, softcap, logsumexp, entropy and choice of the target. Raises: `ValueError` naming the argument whose shape,
+    dtype or device does not fit, or a target outside [0, V): on a GPU, which would have to wait for it, NaN. Logits must be finite.
     Source: recomputed logits as in Cut Your Losses (Wijmans et al. 2024); online logsumexp after Milakov and Gimelshein 2018.
     """
     _check(hidden, weight, target, bias, softcap)
@@ -56,22 +49,20 @@ def linear_logprob(
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None) -> None:
     if hidden.ndim != 2 or hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"hidden is {hidden.dtype} {tuple(hidden.shape)}: expected a float matrix [n, d]")
-    (n, d), v = hidden.shape, tuple(weight.shape[:1])
-    expected = [("weight", weight, (*v, d), hidden.dtype), ("target", target, (n,), torch.int64)]
-    expected += [("bias", bias, v, hidden.dtype)] if bias is not None else []
-    for name, tensor, shape, dtype in expected:
-        if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, hidden.device):
+    (n, d), v, dtype = hidden.shape, tuple(weight.shape[:1]), hidden.dtype
+    expected = {"weight": (weight, dtype, (*v, d)), "target": (target, torch.int64, (n,)), "bias": (bias, dtype, v)}
+    for name, (tensor, *wanted) in expected.items():
+        if tensor is not None and [tensor.dtype, tuple(tensor.shape), tensor.device] != [*wanted, hidden.device]:
             came = f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{came}: expected {dtype} {shape} on {hidden.device}")
+            raise ValueError(f"{came}: expected {wanted[0]} {wanted[1]} on {hidden.device}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}: expected a positive number or None")
 
 
 # Operators of torch's own registry, so that a compiler takes them whole instead of unrolling the loops inside.
 @torch.library.custom_op("lmcore::linear_logprob", mutates_args=())
-def _forward(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None,
+             with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     outside = target[:0] if target.is_cuda else target[(target < 0) | (target >= len(weight))]
     if len(outside):
         raise ValueError(f"target holds {outside[0]}: expected values in [0, {len(weight)})")
@@ -79,9 +70,8 @@ def _forward(
 
 
 @torch.library.custom_op("lmcore::linear_logprob_backward", mutates_args=())
-def _backward(
-    grad_logprob: Tensor, grad_entropy: Tensor | None, saved: list[Tensor | None], softcap: float | None, needs: list[bool]
-) -> list[Tensor]:
+def _backward(grad_logprob: Tensor, grad_entropy: Tensor | None, saved: list[Tensor | None], softcap: float | None,
+              needs: list[bool]) -> list[Tensor]:  # fmt: skip
     return _backend(grad_logprob).backward(grad_logprob, grad_entropy, saved, softcap, needs)
 
 
@@ -103,6 +93,4 @@ def _differentiate(ctx: Any, grad_logprob: Tensor, _: Tensor, grad_entropy: Tens
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _forward.register_fake(lambda hidden, *_: tuple(hidden.new_empty(len(hidden), dtype=reference.wide(hidden)) for _ in range(3)))
-_backward.register_fake(
-    lambda _, __, saved, ___, needs: [x.new_empty(x.shape) for x in compress((*saved[:2], saved[3]), needs)]
-)
+_backward.register_fake(lambda *args: [x.new_empty(x.shape) for x in compress((*args[2][:2], args[2][3]), args[4])])

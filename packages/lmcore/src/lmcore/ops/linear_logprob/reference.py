@@ -9,9 +9,8 @@ from torch import Tensor
 TILE = 2**22  # elements of a chunk's logits: 16 MiB of float32, of which a few live at a time
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None,
+            with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return log-probability, logsumexp and entropy (zeros if not asked for), each [n]."""
     logprob, logsumexp, entropy = (hidden.new_zeros(len(hidden), dtype=wide(hidden)) for _ in range(3))
     wide_weight = weight.to(wide(weight))
@@ -25,14 +24,12 @@ def forward(
     return logprob, logsumexp, entropy
 
 
-def backward(
-    grad_logprob: Tensor, grad_entropy: Tensor | None, saved: list[Any], softcap: float | None, needs: list[bool]
-) -> list[Tensor]:
+def backward(grad_logprob: Tensor, grad_entropy: Tensor | None, saved: list[Any], softcap: float | None,
+             needs: list[bool]) -> list[Tensor]:  # fmt: skip
     """Return the gradients of those of hidden, weight and bias that `needs` marks."""
     hidden, weight, target, bias, logsumexp, entropy = saved
-    grad_hidden, grad_weight, grad_bias = (
-        x.new_zeros(x.shape, dtype=wide(x)) if need else None for x, need in zip((hidden, weight, bias), needs, strict=True)
-    )
+    asked = zip((hidden, weight, bias), needs, strict=True)
+    grad_hidden, grad_weight, grad_bias = (x.new_zeros(x.shape, dtype=wide(x)) if need else None for x, need in asked)
     wide_weight = weight.to(wide(weight))
     for rows in _chunks(len(hidden), len(weight)):
         z = _logits(hidden[rows], wide_weight, bias, softcap)

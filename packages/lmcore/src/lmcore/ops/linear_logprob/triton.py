@@ -75,18 +75,15 @@ def _launch(hidden, weight, bias, target, softcap):
     # Half operands go to tensor cores through three stages of 32 KiB; float32 has no tensor cores and needs registers for its sums.
     block, depth, warps = (64, 32, 4) if hidden.dtype == torch.float32 else (128, 64, 8)
     block_n = min(block, max(16, triton.next_power_of_2(len(hidden))))
-    options = {"BLOCK_N": block_n, "BLOCK_V": block, "BLOCK_D": depth, "num_warps": warps, "num_stages": 3, "SOFTCAP": softcap}
-    # The interpreter multiplies bfloat16 as bit patterns: there, and only there, operands are widened.
-    options |= {"WIDEN": triton.knobs.runtime.interpret, "enable_fp_fusion": True}
+    options = {"BLOCK_N": block_n, "BLOCK_V": block, "BLOCK_D": depth, "num_warps": warps, "num_stages": 3, "SOFTCAP": softcap,
+               "WIDEN": triton.knobs.runtime.interpret, "enable_fp_fusion": True}  # fmt: skip
     return inputs, (triton.cdiv(len(hidden), block_n), triton.cdiv(len(weight), block)), options
 
 
 @triton.jit
-def _forward(
-    hidden, weight, bias, target, n, v, d, hidden_n, hidden_d, weight_v, weight_d,
-    target_logit, part_logsumexp, part_entropy, tiles_each,
-    SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _forward(hidden, weight, bias, target, n, v, d, hidden_n, hidden_d, weight_v, weight_d, target_logit, part_logsumexp, part_entropy,
+             tiles_each, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+             BLOCK_D: tl.constexpr):  # fmt: skip
     """Write logsumexp and entropy of softmax(z) over one part of the vocabulary, and the logits of the targets in it."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = tl.load(target + row, row < n, other=-1)
@@ -116,11 +113,9 @@ def _forward(
 
 
 @triton.jit
-def _logit_gradient(
-    hidden, weight, bias, target, n, v, d, hidden_n, hidden_d, weight_v, weight_d,
-    logsumexp, entropy, grad_logprob, grad_entropy, out, out_n,
-    SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _logit_gradient(hidden, weight, bias, target, n, v, d, hidden_n, hidden_d, weight_v, weight_d, logsumexp, entropy, grad_logprob,
+                    grad_entropy, out, out_n, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """Write a tile of dz = grad_logprob (onehot(target) - p) - grad_entropy p (log p + entropy), before the softcap."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -138,11 +133,9 @@ def _logit_gradient(
 
 
 @triton.jit
-def _logits(
-    hidden, weight, bias, row, column, n, v, d, hidden_n, hidden_d, weight_v, weight_d,
-    SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Compute one tile of z."""
+def _logits(hidden, weight, bias, row, column, n, v, d, hidden_n, hidden_d, weight_v, weight_d,
+            SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Compute one tile of z. The interpreter multiplies bfloat16 as bit patterns: there, and only there, operands are WIDENed."""
     z = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     hidden += row.to(tl.int64)[:, None] * hidden_n
     weight += column.to(tl.int64)[None, :] * weight_v

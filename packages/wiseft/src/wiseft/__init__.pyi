@@ -1,0 +1,15 @@
+from .budget import samples_needed as samples_needed
+from .callback import WiseCallback as WiseCallback
+from .comparison import compare as compare
+from .exact import exact_pass_at_k as exact_pass_at_k
+from .interpolate import interpolate_ as interpolate_
+from .merging import merge as merge
+from .merging import soup as soup
+from .passk import pass_at_k as pass_at_k
+from .samples import read_samples as read_samples
+from .sampling import sample as sample
+from .selection import select as select
+from .summary import summarize as summarize
+from .verification import verify as verify
+from .votes import best_at_k as best_at_k
+from .votes import majority_at_k as majority_at_k
