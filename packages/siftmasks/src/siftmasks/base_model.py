@@ -1,0 +1,93 @@
+"""The base model of a store: its identity, whatever files it is kept in, and the checks that nothing else is trained or served."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmcore.checkpoint import Checkpoint
+from lmcore.errors import UserError
+from lmcore.models import smollm2_folder
+from siftmasks.settings import SiftSettings
+from siftmasks.trainable import trainable_names
+
+_BLOCK = 2**24
+_FLOATS = ("F32", "BF16", "F16")
+
+
+def open_base(source: str | Path) -> Checkpoint:
+    """Open a base model: a folder, a file, a Hub id or the packaged "smollm2"."""
+    return Checkpoint.open(smollm2_folder() if source == "smollm2" else source)
+
+
+def base_sha256(checkpoint: Checkpoint) -> str:
+    """Return the identity of a base model: SHA-256 of the lines `name dtype shape sha256-of-its-bytes`, one per tensor, sorted.
+
+    Sharding, file names and metadata play no part. Memory: one block, whatever the size of the model.
+    """
+    lines = []
+    for name, info in checkpoint.tensors.items():
+        digest = sha256()
+        for start in range(0, info.nbytes, _BLOCK):
+            digest.update(checkpoint.read(name, start, min(start + _BLOCK, info.nbytes)).data)
+        lines.append(f"{name} {info.dtype} {[*info.shape]} {digest.hexdigest()}")
+    return sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def trainable_tensors(
+    checkpoint: Checkpoint, settings: SiftSettings, names: Sequence[str] | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of the tensors to train, sorted by name: `names`, or those of `siftmasks.trainable.trainable_names`.
+
+    Raises: `UserError` naming a tensor that the checkpoint lacks or that is neither float32, bfloat16 nor float16.
+    """
+    chosen = {}
+    for name in sorted(_names_by_architecture(checkpoint, settings) if names is None else names):
+        info = checkpoint.tensors.get(name)
+        if info is None or info.dtype not in _FLOATS:
+            found = f"has it as {info.dtype}" if info else "has no such tensor"
+            raise UserError(f"{name} is to be trained, but {checkpoint.path} {found}: expected one of {', '.join(_FLOATS)}")
+        chosen[name] = (info.dtype, info.shape)
+    return chosen
+
+
+def check_model(model: nn.Module, checkpoint: Checkpoint, settings: SiftSettings) -> None:
+    """Check that the weights of `model`, as they are trained (in `settings.dtype`), are those of the base, bit for bit.
+
+    Raises: `UserError` naming a parameter that the base lacks or a tensor that differs.
+    """
+    dtype = getattr(torch, settings.dtype)
+    aliases: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        aliases.setdefault(id(tensor), (tensor, []))[1].append(name)
+    for tensor, names in aliases.values():
+        saved = [name for name in names if name in checkpoint.tensors]  # a tied weight has several names and is saved under one
+        if not saved and isinstance(tensor, nn.Parameter):
+            raise UserError(f"the model has {names[0]}, which the base {checkpoint.path} lacks: load the model from it")
+        for name in saved:
+            ours, base = tensor.detach().cpu(), checkpoint.tensor(name)
+            if base.is_floating_point():
+                ours, base = ours.to(dtype), base.to(dtype)
+            if not torch.equal(ours, base):
+                raise UserError(f"{name} of the model is not that of the base {checkpoint.path}: load the model from it")
+
+
+def _names_by_architecture(checkpoint: Checkpoint, settings: SiftSettings) -> list[str]:
+    """Names from a model without weights, of the class that the folder's config.json names."""
+    import transformers
+
+    folder = Path(checkpoint.path)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} has no config.json that would say which tensors are embeddings or head: name the trainable ones"
+        )
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    architecture = (config.architectures or ["(none)"])[0]
+    if not hasattr(transformers, architecture):
+        raise UserError(f"{folder}: config.json names the architecture {architecture}, which transformers does not have")
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(config)
+    return trainable_names(model, settings.freeze)

@@ -1,0 +1,96 @@
+"""The levels and bits of one task on disk, tensor by tensor, as they are added to the ledger and subtracted from it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmcore.checkpoint import Checkpoint, TensorInfo
+from lmcore.errors import UserError
+from siftmasks.canonical import TensorFile
+from siftmasks.commitments import commit
+from siftmasks.config import StoreConfig
+from siftmasks.ops.ledger_add import ledger_add_levels, ledger_subtract
+
+
+class TaskWriter:
+    """Writes levels and bits in the order of the tensors' names, and commits to each tensor under `key` in passing."""
+
+    def __init__(self, config: StoreConfig, key: bytes, levels: Path, bits: Path):
+        self._config, self._key = config, key
+        self._levels = TensorFile(
+            levels, {name: (config.dtypes["levels"], shape) for name, (_, shape) in config.tensors.items()}
+        )
+        self._bits = TensorFile(
+            bits, {name: ("U8", [-(-math.prod(shape) // 8)]) for name, (_, shape) in config.tensors.items()}
+        )
+        self.commitments: dict[str, str] = {}
+
+    def write(self, name: str, levels: Tensor, bits: Tensor) -> None:
+        """Write the next tensor."""
+        numbers, packed = levels.numpy(), bits.numpy()
+        if numbers.size and numbers.max() > self._config.settings.grid.largest:
+            raise ValueError(f"{name} has a level of {numbers.max()}, beyond the grid's {self._config.settings.grid.largest}")
+        self._levels.write(name, numbers)
+        self._bits.write(name, packed)
+        signs = packed if self._config.settings.mode == "signs" else None
+        self.commitments[name] = commit(self._key, name, numbers, signs)
+
+    def bits_digest(self) -> str:
+        """SHA-256 of the file of bits, once it is complete."""
+        return self._bits.digest()
+
+    def recorded(self) -> "RecordedTask":
+        """What was written, for reading."""
+        return RecordedTask(self._config, self._levels.path, self._bits.path)
+
+
+class RecordedTask:
+    """Reads what a `TaskWriter` wrote."""
+
+    def __init__(self, config: StoreConfig, levels: Path, bits: Path):
+        with Checkpoint.open(levels) as opened:
+            self._levels = opened.tensors
+        with Checkpoint.open(bits) as opened:
+            self._signs = opened.tensors if config.settings.mode == "signs" else None
+
+    def add_to(self, name: str, ledger: dict[str, Tensor]) -> None:
+        """Add one tensor to the parts of the ledger, in place."""
+        ledger_add_levels(self._read(name), ledger["total"], ledger["count"], **self._signed(name, ledger))
+
+    def subtract_from(self, name: str, ledger: dict[str, Tensor]) -> int:
+        """Subtract one tensor in place; returns the number of coordinates that would fall below zero, and then changes nothing."""
+        return ledger_subtract(self._read(name), ledger["total"], ledger["count"], **self._signed(name, ledger))
+
+    def commitments(self, key: bytes) -> dict[str, str]:
+        """Commit to every tensor under `key`."""
+        signs = {} if self._signs is None else {name: read_tensor(info).numpy() for name, info in self._signs.items()}
+        return {name: commit(key, name, self._read(name).numpy(), signs.get(name)) for name in self._levels}
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self._levels[name])
+
+    def _signed(self, name: str, ledger: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {} if self._signs is None else {"signs": read_tensor(self._signs[name]), "positive": ledger["positive"]}
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read a tensor of a checkpoint that is not held open: there may be more tasks than files that a process may have open.
+
+    Raises: `UserError` if the file is gone or has become shorter.
+    """
+    try:
+        data = np.fromfile(info.file, np.uint8, info.nbytes, offset=info.start)
+    except OSError as error:
+        raise UserError(f"{info.file} cannot be read: {error.strerror}") from None
+    if len(data) < info.nbytes:
+        raise UserError(f"{info.file}: tensor {info.name} ends early: the file became shorter while it was read")
+    return torch.from_numpy(data).view(_DTYPES[info.dtype]).view(info.shape)
+
+
+_DTYPES = {
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip

@@ -1,0 +1,76 @@
+"""The certificate says what the store is now, and not a bit about what was forgotten."""
+
+import json
+
+import pytest
+
+from lmcore.errors import UserError
+from siftmasks.store import Store
+
+from .conftest import contents, few
+
+
+def test_two_different_pasts_give_one_certificate(trained, tmp_path):
+    """The forgotten task has other data, and another number of them, in the two pasts."""
+    texts = []
+    for past, forgotten in enumerate([trained.examples("B", count=2), trained.examples("X", count=5)]):
+        store = trained.store(tmp_path / f"store {past}")
+        store.learn_many({"secret": forgotten, "A": trained.examples("A")}, **trained.how)
+        store.forget("secret", {"secret": forgotten}, **trained.how, certificate=tmp_path / f"{past}.json")
+        texts.append((tmp_path / f"{past}.json").read_text())
+    assert texts[0] == texts[1]
+    assert "secret" not in texts[0]
+
+
+def test_other_numbers_and_names_of_forgotten_tasks_give_the_same_certificate(small):
+    few_of_them, many = small.store("few", "AB"), small.store("many", "ACDEF")
+    few_of_them.forget("B", certificate=small.folder / "few.json")
+    many.forget([*"CDEF"], certificate=small.folder / "many.json")
+    assert (small.folder / "few.json").read_bytes() == (small.folder / "many.json").read_bytes()
+
+
+def test_certificate_says_what_the_store_is_and_how_it_came_to_be(small, monkeypatch):
+    store, how = small.store("store", "ABCD"), None
+    how = small.train_at_random(monkeypatch, store.config)
+    place = small.folder / "certificate.json"
+    returned = store.forget(["A", "B"], few("B"), **how, certificate=place, note="request 17")
+    certificate = json.loads(place.read_text())
+    assert certificate == returned
+    assert certificate["digest"] == store.digest()
+    assert certificate["tasks"] == 2
+    assert certificate["config_sha256"] == store.config.sha256
+    assert certificate["base_sha256"] == store.config.base
+    assert {*certificate["methods"]} == {"rederive", "archive"}
+    assert certificate["note"] == "request 17"
+    assert certificate["environment"]["versions"]["torch"]
+    assert any("backups" in line for line in certificate["not_covered"])
+    assert {*store.rebuild("C", {}, certificate=place)["methods"]} == {"rebuild"}
+    replaced = store.forget_without(
+        "D", ["more"], few("D")["D"] + [few("D")["D"][0].__class__("more", {})], **how, certificate=place
+    )
+    assert {*replaced["methods"]} == {"archive"}
+    assert {*store.certify(place)["methods"]} == {"none"}
+    assert not [path for path in store.path.rglob("*") if "certificate" in path.name]
+
+
+@pytest.mark.parametrize(
+    "place", ["store", "store/certificate.json", "store/masks/certificate.json", "missing/certificate.json"]
+)
+def test_a_certificate_in_the_store_is_refused_before_anything_is_done(small, place):
+    store = small.store("store", "AB")
+    before = contents(store.path)
+    with pytest.raises(UserError, match="is not a place for a certificate"):
+        store.forget("A", certificate=small.folder / place)
+    assert contents(store.path) == before
+
+
+def test_there_is_no_certificate_while_the_old_version_is_still_there(small, monkeypatch):
+    store = small.store("store", "AB")
+    monkeypatch.setattr("lmcore.record.shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"its old version could not be removed: remove .*store.partial, then certify"):
+        store.forget("A", certificate=small.folder / "certificate.json")
+    assert not (small.folder / "certificate.json").exists()
+    monkeypatch.undo()
+    assert Store.open(store.path).tasks == ["B"]
+    assert {path.name for path in small.folder.iterdir()} == {"base.safetensors", "store", ".store.lock"}
+    assert store.certify(small.folder / "certificate.json")["digest"] == small.store("other", "B").digest()
