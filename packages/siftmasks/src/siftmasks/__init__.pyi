@@ -1,0 +1,12 @@
+from .examples import Example as Example
+from .examples import read_examples as read_examples
+from .grid import Grid as Grid
+from .models import load_trainee as load_trainee
+from .optimizer import SiftAdam as SiftAdam
+from .queue import learn_all as learn_all
+from .settings import SiftSettings as SiftSettings
+from .sift import sift as sift
+from .signs import sign_vector as sign_vector
+from .store import Store as Store
+from .task_data import open_data as open_data
+from .task_vector import TaskVector as TaskVector
