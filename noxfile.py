@@ -89,7 +89,7 @@ def benchmarks(session: nox.Session) -> None:
             peers = nox.project.load_toml(script).get("dependencies", [])
             if peers:
                 session.install(*peers)
-            session.run("python", "-P", str(script))
+            session.run("python", "-P", str(script), env={"PYTHONPATH": str(ROOT / "scripts")})
 
 
 def everything(session: nox.Session) -> None:

@@ -3,7 +3,7 @@
 # ///
 """wiseft against its peers, each pair of numbers in one run: `nox -s benchmarks -- wiseft`.
 
-Run by hand it wants `python -P`, which keeps this folder, where this file has the name of the package, off the path of imports.
+Run by hand it wants `PYTHONPATH=scripts python -P`: this folder, where this file has the name of the package, may not be on the path.
 Writes benchmarks/results/wiseft.json. Medians over repeats, alternating ours and theirs; the spread is the range.
 """
 
@@ -12,7 +12,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,9 +24,8 @@ import torch
 from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, shards_like
 from lmcore.models import smollm2_folder
 from lmcore.record import environment, write_json
+from measuring import BIN, RESULTS, run, seconds_of, show, summary
 
-RESULTS = Path(__file__).parent / "results"
-BIN = Path(sys.executable).parent
 DELTAS = (0.1, 0.3, 0.5, 0.7)
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -300,43 +298,6 @@ def nearest_even(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         closer = (apart < distance) | ((apart == distance) & (neighbour.view(integer) % 2 == 0))
         best, distance = torch.where(closer, neighbour, best), torch.where(closer, apart, distance)
     return torch.where(exact < 0, -best, best)
-
-
-MEASURE = """
-import resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
-sys.exit(done.returncode)
-"""
-
-
-def run(command: list[Any]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of one command, without a network.
-
-    A process starts with the peak of the one that forked it, so a small interpreter stands in between.
-    """
-    start = time.perf_counter()
-    quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-S", "-c", MEASURE, *(str(part) for part in command)]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=quiet)
-    if done.returncode:
-        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
-    return time.perf_counter() - start, int(done.stdout)
-
-
-def seconds_of(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "repeats": len(values)}
-
-
-def show(name: str, value: Any) -> Any:
-    print(name, json.dumps(value, indent=2), flush=True)
-    return value
 
 
 if __name__ == "__main__":

@@ -93,6 +93,16 @@ def test_interrupted_headline_is_continued_and_a_finished_one_is_kept(tmp_path, 
     assert (out / "attempts").read_text() == "x"
 
 
+def test_headline_does_not_touch_a_folder_that_it_did_not_write(tmp_path, capsys):
+    for name in ("claims.json", "thesis.txt"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir()
+        (out / name).write_text("{}")
+        assert call("headline", "--out", str(out), "--overwrite") == 2
+        assert [path.name for path in out.iterdir()] == [name]
+    assert "or other files" in capsys.readouterr().err
+
+
 def test_headline_prints_the_agreed_json(tmp_path, capsys):
     out = tmp_path / "out"
     assert call("headline", "--out", str(out), "--scale", "smoke", "--json") == 0

@@ -1,9 +1,8 @@
 """A training run leaves, beside each checkpoint, the same one interpolated; on two processes as on one."""
 
 import json
-import os
-import subprocess
-import sys
+import runpy
+import socket
 from pathlib import Path
 
 import pytest
@@ -60,8 +59,7 @@ def test_early_may_be_a_checkpoint_of_another_run(tmp_path):
 
 
 RANK = """
-import sys
-from pathlib import Path
+import os
 import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
@@ -69,8 +67,7 @@ from lmcore.models import tiny_llama
 from wiseft.callback import WiseCallback
 from wiseft.interpolate import interpolate_
 
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
+os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
 tokens = torch.load(folder / "tokens.pt", weights_only=True)
 data = [{"input_ids": row, "labels": row} for row in tokens]
 arguments = TrainingArguments(
@@ -92,16 +89,20 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
+def two_processes(tmp_path_factory, forks) -> Path:
     """A folder in which two gloo processes have trained with the callback and interpolated into a sharded model."""
     folder = tmp_path_factory.mktemp("two")
     torch.save(TOKENS, folder / "tokens.pt")
     for seed, name in enumerate(["early", "late"]):
         tiny_llama(vocab_size=31, seed=seed).save_pretrained(folder / name)
     (folder / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", folder / "rank.py", folder]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    given = [{"folder": folder, "port": port, "rank": rank} for rank in "01"]
+    ranks = [forks.start(runpy.run_path, str(folder / "rank.py"), each) for each in given]
+    for rank in ranks:
+        rank.join(timeout=120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     return folder
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lmcore.errors import UserError
+from wiseft import cli
 from wiseft import headline as module
 from wiseft.headline import SCALES, claims, headline
 from wiseft.real_checkpoints import count_misrounded
@@ -41,12 +42,38 @@ def test_finished_seed_is_read_again_and_gives_the_same_result(smoke, monkeypatc
     assert (out / "result.json").read_bytes() == before
 
 
+def test_killed_headline_is_continued_to_the_same_bytes_by_the_same_command_alone(smoke, tmp_path, forks, capsys):
+    whole, _ = smoke
+    out = tmp_path / "killed"
+
+    def run(*options: str) -> int:
+        with pytest.raises(SystemExit) as status:
+            cli.main(["headline", *(options or ("--scale", "smoke")), "--out", str(out)])
+        return status.value.code
+
+    for moment in (out / "seed-0" / "early" / "model.safetensors", out / "seed-0.json"):
+        forks.kill_when(moment.exists, "headline", "--scale", "smoke", "--out", out)
+        for other in (("--scale", "smoke", "--seed", "1"), ("--scale", "default")):
+            assert run(*other) == 2
+            assert "run with other options" in capsys.readouterr().err
+    assert not (out / "claims.json").exists()
+    assert run() == 0
+    places = {"wise/wiseft.json", "wise/README.md"}  # say where the two ends lie
+    for path in whole.rglob("*.*"):
+        if f"{path.parent.name}/{path.name}" not in places:
+            assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    assert run() == 2
+    assert "holds a finished headline" in capsys.readouterr().err
+
+
 def test_seed_measured_with_other_settings_is_refused(smoke, tmp_path):
     out, _ = smoke
     found = json.loads((out / "seed-0.json").read_text())
-    (tmp_path / "seed-0.json").write_text(json.dumps(found | {"settings": found["settings"] | {"delta": 0.9}}))
-    with pytest.raises(UserError, match=r"seed-0\.json was measured with other settings"):
-        headline(tmp_path, scale="smoke", seed=0)
+    other = json.dumps(found | {"settings": found["settings"] | {"delta": 0.9}})
+    for text in (other, "{}", "{"):
+        (tmp_path / "seed-0.json").write_text(text)
+        with pytest.raises(UserError, match=r"seed-0\.json was measured with other settings"):
+            headline(tmp_path, scale="smoke", seed=0)
 
 
 def test_start_that_never_gets_there_counts_as_all_the_data_lost(smoke):
@@ -71,6 +98,9 @@ def test_misrounded_weights_are_found_without_rounding_again():
     assert count_misrounded(early, late, rounded, 0.3) == 1
 
 
-def test_unknown_scale_is_an_error(tmp_path):
+def test_unknown_scales_and_seeds_out_of_range_are_errors(tmp_path):
     with pytest.raises(UserError, match="huge"):
         headline(tmp_path, scale="huge", seed=0)
+    for seed in (-1, 2**32 - 9):
+        with pytest.raises(UserError, match=rf"seed is {seed}: it must be in \[0, 2\^32 - 10\]"):
+            headline(tmp_path, scale="full", seed=seed)

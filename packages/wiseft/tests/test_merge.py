@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from lmcore.errors import UserError
 from lmcore.models import tiny_llama
+from wiseft import cli, stream
 from wiseft.merging import merge, soup
+from wiseft.plan import read_module_deltas
 from wiseft.verification import verify
 
 
@@ -105,6 +109,15 @@ def test_module_deltas_take_the_first_regex_that_matches(pair, tmp_path):
         merge(early, late, tmp_path / "bad", module_deltas={"mpl": 1.0})
     with pytest.raises(UserError, match="not valid"):
         merge(early, late, tmp_path / "bad", module_deltas={"(": 1.0})
+
+
+def test_a_regex_that_the_file_of_module_deltas_has_twice_is_refused(tmp_path):
+    path = tmp_path / "deltas.json"
+    path.write_text('{"mlp": 0.1, "attn": 0.2}')
+    assert read_module_deltas(path) == {"mlp": 0.1, "attn": 0.2}
+    path.write_text('{"mlp": 0.1, "attn": 0.2, "mlp": 0.3}')
+    with pytest.raises(UserError, match=r"deltas\.json cannot be read: the regex 'mlp' is there twice"):
+        read_module_deltas(path)
 
 
 def test_integers_come_from_late_and_dtype_is_lates_unless_asked(pair, tmp_path):
@@ -268,6 +281,33 @@ def test_killed_merge_is_repeated_byte_for_byte(pair, tmp_path):
         assert found == truth, "under --overwrite the old output or the new one is there, whole"
     subprocess.run(command, check=True, capture_output=True)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
+
+
+def test_a_disk_that_fills_up_while_weights_are_written_is_one_line_and_leaves_the_old_output(
+    pair, tmp_path, monkeypatch, capsys
+):
+    early, late = pair
+    merge(early, late, tmp_path / "out", delta=0.3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling_up(
+        *arguments,
+    ):  # by now the files have their full size; writing fails all the same where blocks are copied on write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return run(*arguments)
+
+    run = stream.run
+    monkeypatch.setattr(stream, "run", filling_up)
+    try:
+        with pytest.raises(SystemExit) as status:
+            cli.main(["merge", str(early), str(late), "--out", str(tmp_path / "out"), "--overwrite"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status.value.code == 2
+    assert re.fullmatch(r"wiseft: .*File too large.*\n", capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_merging_imports_no_torch(pair, tmp_path):

@@ -35,6 +35,11 @@ def test_blank_lines_count_for_line_numbers_only(tmp_path):
     assert [problem.id for problem in read_problems(write(tmp_path, line, "", line, ""))] == ["1", "3"]
 
 
+def test_the_mark_that_some_editors_put_first_is_no_part_of_the_problem(tmp_path):
+    path = write(tmp_path, "\ufeff" + json.dumps({"question": "2+3", "answer": "5"}))
+    assert read_problems(path) == [Problem("1", "2+3", "5")]
+
+
 def test_the_limit_takes_the_first_and_reads_no_further(tmp_path):
     path = write(tmp_path, {"question": "2+3", "answer": "5"}, "not read")
     assert len(read_problems(path, limit=1)) == 1
@@ -51,6 +56,9 @@ def test_the_limit_takes_the_first_and_reads_no_further(tmp_path):
         ({"problem": "2", "prompt": "2+3", "answer": None}, "answer must be text or a number, and not empty; it is null"),
         ({"problem": "2", "prompt": " ", "answer": "5"}, "prompt must be text"),
         ({"problem": True, "prompt": "2+3", "answer": "5"}, "problem must be text"),
+        ('{"problem": "2", "prompt": "\\ud800", "answer": "5"}', r'prompt is not Unicode text; it is "\\ud800"'),
+        ("[" * 100_000, "maximum recursion depth"),
+        ('{"problem": "2", "prompt": "2+3", "answer": 1' + "0" * 5000 + "}", "Exceeds the limit"),
         ({"problem": 1, "prompt": "2+3", "answer": "5"}, "problem '1' is on line 1 already"),
     ],
     ids=str,

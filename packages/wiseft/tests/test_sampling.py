@@ -1,10 +1,8 @@
 """Samples follow the model's distribution, do not depend on their batch, and reach the same file after any kill."""
 
-import fcntl
 import json
-import os
 import random
-import subprocess
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,9 @@ import torch
 from lmcore.errors import UserError
 from lmcore.models import tiny_llama
 from lmcore.text import character_tokenizer
+from wiseft import cli
 from wiseft.decoding import Decoding, filtered_log_softmax
-from wiseft.generation import batches, complete, identity, requests_for
+from wiseft.generation import Drawing, batches, complete, identity, requests_for
 from wiseft.problems import Problem
 from wiseft.sample_command import Sample
 from wiseft.samples import read_samples
@@ -46,7 +45,7 @@ def tiny():
 
 
 def draw(tiny, requests, *, decoding=Decoding(), seed=0, max_new_tokens=12):  # noqa: B008
-    return complete(*tiny, requests, decoding=decoding, seed=seed, max_new_tokens=max_new_tokens)
+    return complete(*tiny, requests, Drawing(decoding=decoding, seed=seed, max_new_tokens=max_new_tokens))
 
 
 def test_first_tokens_are_as_frequent_as_they_are_probable(tiny):
@@ -186,6 +185,14 @@ def test_the_template_and_the_chat_template_surround_the_prompt(tiny):
     assert text(chat="off") == "1+2="
 
 
+def test_a_chat_template_that_refuses_a_problem_is_named(tiny):
+    _, tokenizer = tiny
+    for template in ("{{ raise_exception('no system turn') }}", "{% if %}"):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=r"problem 'sum': the chat template fails .*--chat off"):
+            requests_for(PROBLEMS[:1], tokenizer, n=1)
+
+
 def test_identity_notices_one_changed_bit(tiny):
     model, tokenizer = tiny
     before = identity(model, tokenizer)
@@ -237,50 +244,33 @@ def test_a_file_cut_off_anywhere_is_completed_to_the_same_bytes(tmp_path, tiny):
         assert path.read_bytes() == whole
 
 
-RUN_AND_KILL = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-sys.path.insert(0, sys.argv[1])
-import test_sampling
-
-torch.set_num_threads(1)
-killed, whole, rng = Path(sys.argv[2]), Path(sys.argv[3]), random.Random(0)
-drawn = lambda: (killed / "samples.jsonl").stat().st_size if (killed / "samples.jsonl").exists() else 0
-
-def start(out):
-    child = os.fork()  # a fork has all imports done, so that the kills fall into the run
-    if child == 0:
-        test_sampling.run(out, n=80)
-        os._exit(0)
-    return child
-
-kills, attempts = 0, 0
-while kills < 6 and attempts < 12:  # a fast machine may finish the run sooner
-    child, before = start(killed), drawn()
-    while attempts > 1 and drawn() == before and os.waitpid(child, os.WNOHANG)[0] == 0:
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.02))
-    try:
-        os.kill(child, signal.SIGKILL)
-        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
-    except (ProcessLookupError, ChildProcessError):
-        break
-    attempts += 1
-assert kills >= 3, kills
-for out in (killed, whole):
-    assert os.waitpid(start(out), 0)[1] == 0
-"""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> list[str | Path]:
+    """A command that samples a saved model, but for its --out: what `run` does."""
+    folder = tmp_path_factory.mktemp("saved")
+    for part in tiny_model():
+        part.save_pretrained(folder / "model")
+    lines = [{"problem": problem.id, "prompt": problem.prompt, "answer": problem.answer} for problem in PROBLEMS]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["sample", folder / "model", "--problems", folder / "problems.jsonl", "--verifier", "gsm8k", "--device", "cpu"]
+    return [*command, "--batch-size", "4", "--max-new-tokens", "8"]
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    # The reference back end needs no compiler and no threads, which do not survive a fork.
-    environment = {**os.environ, "LMCORE_BACKEND": "reference"}
-    script = [sys.executable, "-c", RUN_AND_KILL, str(Path(__file__).parent), str(killed), str(whole)]
-    subprocess.run(script, check=True, env=environment)
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(saved, tmp_path, forks):
+    rng, samples = random.Random(0), tmp_path / "killed" / "samples.jsonl"
+
+    def size() -> int:
+        return samples.stat().st_size if samples.exists() else -1
+
+    for _ in range(6):
+        before, wait = size(), rng.uniform(0, 0.02)
+        forks.kill_when(lambda before=before: size() > before, *saved, "--n", "80", "--out", tmp_path / "killed", wait=wait)
+    for name in ("killed", "whole"):
+        with pytest.raises(SystemExit) as status:
+            cli.main([str(part) for part in [*saved, "--n", "80", "--out", tmp_path / name]])
+        assert status.value.code == 0
     for name in ("samples.jsonl", "run.json"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_run_with_another_configuration_is_refused_by_what_differs(tmp_path, tiny):
@@ -319,18 +309,6 @@ def test_a_file_this_run_did_not_write_is_refused_by_line(tmp_path, tiny):
         path.write_bytes(b"".join(damaged))
         with pytest.raises(UserError, match=f"samples.jsonl, line {number}"):
             run(tmp_path, tiny=tiny)
-    path.write_bytes(b"".join(lines))
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(UserError, match=r"run\.json is missing"):
-        run(tmp_path, tiny=tiny)
-
-
-def test_two_processes_do_not_draw_into_one_file(tmp_path, tiny):
-    run(tmp_path, tiny=tiny)
-    with open(tmp_path / "samples.jsonl", "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # only an exclusive lock is kept out by a shared one
-        with pytest.raises(UserError, match="another process"):
-            run(tmp_path, tiny=tiny)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +337,25 @@ def test_a_model_that_gives_nan_is_refused_by_problem(tmp_path, tiny):
             run(tmp_path / str(temperature), tiny=tiny, decoding=Decoding(temperature=temperature))
 
 
+def test_a_run_that_failed_before_its_first_sample_is_started_anew_with_other_settings(tmp_path, tiny):
+    with pytest.raises(UserError, match="exceed the 64 positions"):
+        run(tmp_path, tiny=tiny, max_new_tokens=60)
+    assert run(tmp_path, tiny=tiny)["samples"] == 18
+
+
+def test_a_full_disk_is_the_users_to_mend_and_the_run_goes_on_to_the_same_bytes(tmp_path, tiny):
+    run(tmp_path / "whole", tiny=tiny)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1200, limits[1]))
+    try:
+        with pytest.raises(UserError, match="full: File too large; make room"):
+            run(tmp_path / "full", tiny=tiny)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run(tmp_path / "full", tiny=tiny)
+    assert (tmp_path / "full" / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+
+
 def test_a_verifier_that_gives_up_is_counted(tmp_path):
     def tired(completion: str, reference: str) -> Verdict:
         return Verdict(False, None, gave_up=True)
@@ -367,20 +364,20 @@ def test_a_verifier_that_gives_up_is_counted(tmp_path):
     assert (result["gave_up"], result["correct"]) == (18, 0.0)
 
 
-def test_the_command_samples_a_saved_model(tmp_path, capsys):
-    model, tokenizer = tiny_model()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    lines = [{"problem": problem.id, "prompt": problem.prompt, "answer": problem.answer} for problem in PROBLEMS]
-    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = Sample(
-        model=str(tmp_path / "model"), problems=tmp_path / "problems.jsonl", out=tmp_path / "cli", verifier="gsm8k", n=6,
-        batch_size=4, max_new_tokens=8, device="cpu",
-    )  # fmt: skip
-    command.show(command.run())
+def test_the_command_samples_a_saved_model(saved, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([str(part) for part in [*saved, "--n", "6", "--out", tmp_path / "cli"]])
     assert "3 problems, 18 samples" in capsys.readouterr().out
-    run(tmp_path / "api", tiny=(model, tokenizer))
+    run(tmp_path / "api")
     assert (tmp_path / "cli" / "samples.jsonl").read_bytes() == (tmp_path / "api" / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("device", ["meta", "tape", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused(saved, tmp_path, capsys, device):
+    with pytest.raises(SystemExit) as status:
+        cli.main([str(part) for part in [*saved, "--out", tmp_path / "out", "--device", device]])
+    assert status.value.code == 2
+    assert capsys.readouterr().err.startswith(f"wiseft: --device {device} cannot be used here: ")
 
 
 def test_vllm_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):

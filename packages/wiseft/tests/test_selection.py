@@ -1,9 +1,6 @@
 """`wiseft select` finds the best candidate in a world where every probability is known, and survives being killed."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -174,49 +171,32 @@ def test_between_equal_checkpoints_there_is_no_barrier_and_no_difference(world, 
     assert result["candidates"][0]["pass_at_k"] == result["candidates"][1]["pass_at_k"]
 
 
-KILLED = """
-import os, signal, sys, time
-from pathlib import Path
-from wiseft import cli
-from wiseft.selection import select
-
-counts = Path(sys.argv[-1]) / "counts.jsonl"
-for lines in (3, 60, 150):
-    child = os.fork()
-    if child == 0:
-        cli.main(sys.argv[1:])
-        os._exit(0)
-    while not counts.exists() or counts.read_bytes().count(b"\\n") < lines:
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "the run ended before it was killed"
-"""
-
-
-def test_a_killed_run_ends_with_the_same_result(world, whole, capsys):
-    command = [
-        "select",
-        world / "late",
-        "--early",
-        world / "early",
-        "--problems",
-        world / "problems.jsonl",
-        "--k",
-        "4",
+def test_a_killed_run_ends_with_the_same_result(world, whole, forks, capsys):
+    out = world / "killed"
+    command = ["select", world / "late", "--early", world / "early", "--problems", world / "problems.jsonl", "--k", "4"]
+    command += [
         "--n",
         "6",
+        "--verifier",
+        "exact",
+        "--max-new-tokens",
+        "1",
+        "--delta",
+        "0.3",
+        "0.7",
+        "--temperature",
+        "0.7",
+        "1.3",
     ]
-    command += ["--verifier", "exact", "--max-new-tokens", "1", "--delta", "0.3", "0.7", "--temperature", "0.7", "1.3"]
-    out = world / "killed"
-    arguments = [str(part) for part in [*command, "--device", "cpu", "--out", out]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, capture_output=True, env=environment)
+    command += ["--device", "cpu", "--out", out]
+    counts = out / "counts.jsonl"
+    for lines in (3, 60, 150):
+        forks.kill_when(lambda lines=lines: counts.exists() and counts.read_bytes().count(b"\n") >= lines, *command)
     assert not (out / "result.json").exists()
-    with open(out / "counts.jsonl", "ab") as file:
+    with open(counts, "ab") as file:
         file.write(b'{"candidate": "early, del')  # what a kill in the middle of a line would leave
     with pytest.raises(SystemExit) as status:
-        cli.main(arguments)
+        cli.main([str(part) for part in command])
     assert status.value.code == 0
     for name in ("counts.jsonl", "result.json", "barriers.json", "index.html"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
@@ -229,11 +209,14 @@ def test_a_killed_run_ends_with_the_same_result(world, whole, capsys):
 def test_another_run_and_a_damaged_file_are_refused(world, whole, tmp_path):
     with pytest.raises(UserError, match=r"holds another run .*k: 4 before, 3 now"):
         selected(world, whole, k=3)
-    selected(world, tmp_path, delta=(0.5,), temperature=(1.0,), holdout=0.0, block=72, k=1, n=1)
+    quick = {"delta": (0.5,), "temperature": (1.0,), "holdout": 0.0, "block": 72, "k": 1, "n": 1}
+    selected(world, tmp_path, **quick)
     counts = tmp_path / "counts.jsonl"
     counts.write_text(counts.read_text().replace("}\n", "\n", 1))
     with pytest.raises(UserError, match=r"counts\.jsonl, line 1 is not what this run wrote"):
-        selected(world, tmp_path, delta=(0.5,), temperature=(1.0,), holdout=0.0, block=72, k=1, n=1)
+        selected(world, tmp_path, **quick)
+    selected(world, tmp_path, early="sure", **quick, overwrite=True)
+    assert json.loads((tmp_path / "barriers.json").read_text()).keys() == {"sure"}, "those of the first run are gone"
 
 
 @pytest.mark.parametrize(
@@ -260,12 +243,20 @@ def test_what_cannot_be_used_is_refused_before_a_sample_is_drawn(world, tmp_path
 
 
 def test_checkpoints_that_do_not_fit_are_refused(world, tmp_path):
-    tiny_llama(vocab_size=len(TOKENIZER), hidden_size=32, heads=1, tie=False).save_pretrained(tmp_path / "wide")
+    for name, options in {
+        "wide": {"hidden_size": 32},
+        "deep": {"layers": 2},
+        "more": {"vocab_size": len(TOKENIZER) + 1},
+    }.items():
+        shape = {"vocab_size": len(TOKENIZER), "hidden_size": WIDTH, "layers": 1, "heads": 1, "tie": False} | options
+        tiny_llama(**shape).save_pretrained(tmp_path / name)
     problems = read_problems(world / "problems.jsonl")
     for early, words in (
-        ([tmp_path / "wide"], "different architectures|no tensor"),
+        ([tmp_path / "wide"], "different architectures"),
+        ([tmp_path / "deep"], r"only .*deep has a tensor model\.layers\.1\..*: .* must be of one shape"),
+        ([tmp_path / "more"], r"only .* has a tensor lm_head\.weight of shape .*: .* must be of one shape"),
         ([], "no early checkpoint"),
-        ([world / "early"] * 2, "given twice"),
+        ([world / "early", f"{world}/./early/"], "given twice"),
     ):
         with pytest.raises(UserError, match=words):
             select(world / "late", early, problems, k=4, out=tmp_path / "out", verifier=exact)

@@ -68,8 +68,7 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     degrees, angle = len(values) - 1, np.linspace(0, np.pi / 2, 200_001)  # t = sqrt(degrees) tan(angle)
     density = np.cos(angle) ** (degrees - 1)
     mass = np.cumsum(density) - (density + density[0]) / 2  # trapezoids up to each angle
-    t = math.sqrt(degrees) * math.tan(np.interp(level, mass / mass[-1], angle))
-    half = t * stdev(values) / math.sqrt(len(values))
+    half = math.sqrt(degrees / len(values)) * math.tan(np.interp(level, mass / mass[-1], angle)) * stdev(values)
     return fmean(values) - half, fmean(values) + half, level
 
 

@@ -58,7 +58,7 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(error, "errno", None) not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -88,7 +88,7 @@ class HeadlineCommand(Command):
         from lmcore import record
 
         if (self.out / "claims.json").exists():
-            if not self.overwrite:
+            if not self.overwrite or not (self.out / "environment.json").exists():  # without it, it is somebody else's
                 raise UserError(f"{self.out} holds a finished headline: choose another --out or pass --overwrite")
             shutil.rmtree(self.out)
         record.Run(self.out, {"scale": self.scale, "seed": self.seed})

@@ -29,8 +29,8 @@ def load_causal_lm(source: str | Path, *, dtype: "torch.dtype | None" = None, de
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever transformers meets in a broken config
+        raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     model, info = loaded
     faults = [f"tensor {name} is missing" for name in info["missing_keys"]]
     faults += [f"tensor {name} is {[*found]}, not {[*wanted]}" for name, found, wanted in info["mismatched_keys"]]

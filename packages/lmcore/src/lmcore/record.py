@@ -78,8 +78,9 @@ class Run:
 
     def __init__(self, out: Path, config: Mapping[str, Any]):
         self.out, path = out, out / "config.json"
-        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(config, default=_plain)):
-            raise UserError(f"{path} was written by a run with other options: choose another folder")
+        found = json.loads(path.read_text()) if path.exists() else None
+        if found != json.loads(json.dumps(config)) and (path.exists() or (out.exists() and any(out.iterdir()))):
+            raise UserError(f"{out} holds a run with other options, or other files: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
         write_json(out / "environment.json", environment())

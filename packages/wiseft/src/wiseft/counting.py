@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,12 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmcore.errors import UserError
 from lmcore.models import load_causal_lm
-from lmcore.record import environment, write_json
 from wiseft.decoding import Decoding
-from wiseft.generation import Chat, batches, complete, requests_for
+from wiseft.generation import Chat, Drawing, batches, complete, requests_for
 from wiseft.interpolate import interpolate_
 from wiseft.problems import Problem
-from wiseft.resumable import locked
 from wiseft.verifiers import Verdict
 
 
@@ -41,7 +38,7 @@ def labelled(early: Sequence[str | Path]) -> dict[str, str | Path]:
     """The early checkpoints by the shortest names that tell them apart. Raises: `UserError` if there is none, or one twice."""
     if not early:
         raise UserError("no early checkpoint is given: pass at least one with --early")
-    full = [str(source) for source in early]
+    full = [str(Path(source)) for source in early]
     if len(set(full)) < len(full):
         raise UserError(f"an early checkpoint is given twice: {', '.join(full)}")
     short = [Path(source).name for source in early]
@@ -90,9 +87,9 @@ class Sampling:
     def count(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem: Problem, temperature: float) -> Count:
         """Draw and judge n samples of a problem; each is keyed by (seed, problem, sample), the same for all candidates."""
         decoding = Decoding(temperature=temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        drawing = Drawing(decoding=decoding, seed=self.seed, max_new_tokens=self.max_new_tokens)
         requests = requests_for([problem], tokenizer, n=self.n, template=self.template, chat=self.chat)
-        settings: dict[str, Any] = {"decoding": decoding, "seed": self.seed, "max_new_tokens": self.max_new_tokens}
-        drawn = [c for batch in batches(requests, self.batch_size) for c in complete(model, tokenizer, batch, **settings)]
+        drawn = [c for batch in batches(requests, self.batch_size) for c in complete(model, tokenizer, batch, drawing)]
         correct = sum(self.verifier(completion.text, problem.answer).correct for completion in drawn)
         cut_off = sum(not completion.ended for completion in drawn)
         return Count(correct, cut_off, sum(completion.tokens for completion in drawn))
@@ -133,17 +130,6 @@ class Ledger:
         file.truncate(end)
         file.seek(end)
 
-    @classmethod
-    @contextmanager
-    def open(cls, out: Path, config: dict[str, Any]) -> Iterator["Ledger"]:
-        """Open `out/counts.jsonl` of the run with this configuration, which `out/run.json` holds with the environment of its first start.
-
-        Raises: `UserError` if another process has it open, or if it belongs to a run with another configuration.
-        """
-        with locked(out / "counts.jsonl") as file:
-            _require_same_run(out / "run.json", config)
-            yield cls(file)
-
     def get(self, candidate: Candidate, problem: Problem) -> Count | None:
         """What is known, if anything is."""
         return self._counts.get((candidate.name, problem.id))
@@ -164,18 +150,3 @@ class Ledger:
         except (ValueError, KeyError, TypeError):
             where = f"{self._file.name}, line {number}"
             raise UserError(f"{where} is not what this run wrote: delete the file to start anew") from None
-
-
-def _require_same_run(path: Path, config: dict[str, Any]) -> None:
-    config = json.loads(json.dumps(config))
-    if not path.exists():
-        write_json(path, {"config": config, "environment": environment()})
-        return
-    try:
-        recorded = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: delete {path.parent} to start anew") from None
-    differences = [name for name in {**recorded, **config} if recorded.get(name) != config.get(name)]
-    if differences:
-        before_and_now = "; ".join(f"{name}: {recorded.get(name)} before, {config.get(name)} now" for name in differences)
-        raise UserError(f"{path.parent} holds another run ({before_and_now}): choose another --out")

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +35,15 @@ class Request:
         return f"sample {self.problem} {self.sample}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How completions are drawn, by whatever engine: from which distribution, with which random numbers, and how long at most."""
+
+    decoding: Decoding
+    seed: int
+    max_new_tokens: int
+
+
 @dataclass(frozen=True)
 class Completion:
     """What was drawn: text without end token, and the number of tokens with it."""
@@ -56,7 +66,7 @@ def requests_for(
     special tokens.
 
     Raises: `UserError` if `template` has no `{prompt}`, if chat is "on" and the tokenizer has no chat template, or naming a
-    problem whose prompt has no tokens.
+    problem that its chat template refuses or whose prompt has no tokens.
     """
     if "{prompt}" not in template:
         raise UserError(f"the prompt template {template!r} has no {{prompt}}")
@@ -67,7 +77,10 @@ def requests_for(
         text = template.replace("{prompt}", problem.prompt)
         if chat != "off" and tokenizer.chat_template:
             turns = [{"role": "user", "content": text}]
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            try:
+                text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            except TemplateError as error:
+                raise UserError(f"problem {problem.id!r}: the chat template fails ({error}): try --chat off") from None
             prompt = tuple(tokenizer(text, add_special_tokens=False).input_ids)
         else:
             prompt = tuple(tokenizer(text).input_ids)
@@ -91,13 +104,7 @@ def batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]
 
 
 def complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    *,
-    decoding: Decoding,
-    seed: int,
-    max_new_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], drawing: Drawing
 ) -> list[Completion]:
     """Draw one batch. The prompts must have equal length (`batches`); each distinct prompt is read once for all its samples.
 
@@ -111,22 +118,27 @@ def complete(
 
     Raises: `UserError` naming a problem for which the model gives NaN, or whose prompt leaves no room for `max_new_tokens`.
     """
-    longest = len(requests[0].prompt) + max_new_tokens
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"problem {requests[0].problem!r}: {len(requests[0].prompt)} prompt tokens and {max_new_tokens} new ones exceed "
-            f"the {positions} positions of the model: lower --max-new-tokens or shorten the prompt"
-        )
+    require_room(model, requests, drawing.max_new_tokens)
     ends = end_tokens(model, tokenizer)
     with torch.inference_mode(), _without_dropout(model):
-        tokens, lengths, scores = _generate(model, requests, decoding, seed, max_new_tokens, ends)
+        tokens, lengths, scores = _generate(model, requests, drawing, ends)
     completions = []
     for row, length, score in zip(tokens.tolist(), lengths.tolist(), scores.tolist(), strict=True):
         ended = row[length - 1] in ends
         text = str(tokenizer.decode(row[: length - ended], skip_special_tokens=True))
         completions.append(Completion(text, length, ended, score))
     return completions
+
+
+def require_room(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> None:
+    """Raise a `UserError` if the longest prompt and `max_new_tokens` exceed the positions that the model was made for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(requests, key=lambda request: len(request.prompt))
+    if positions is not None and len(longest.prompt) + max_new_tokens > positions:
+        raise UserError(
+            f"problem {longest.problem!r}: {len(longest.prompt)} prompt tokens and {max_new_tokens} new ones exceed the {positions} "
+            "positions of the model: lower --max-new-tokens or shorten the prompt"
+        )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -164,7 +176,7 @@ def _sum_of_bits(tensor: Tensor) -> int:
 
 
 def _generate(
-    model: PreTrainedModel, requests: Sequence[Request], decoding: Decoding, seed: int, max_new_tokens: int, ends: list[int]
+    model: PreTrainedModel, requests: Sequence[Request], drawing: Drawing, ends: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [rows, <= max_new_tokens], and per row how many of them count (int64) and their log-probability (float64)."""
     device = model.device
@@ -177,13 +189,13 @@ def _generate(
         log_probability = logits.float().log_softmax(-1)
         _refuse_nan(log_probability, requests)
         if position % 64 == 0:
-            numbers = _numbers(requests, seed, position, 64).to(device)
-        token = draw(filtered_log_softmax(logits, **asdict(decoding)), numbers[:, position % 64])
+            numbers = _numbers(requests, drawing.seed, position, 64).to(device)
+        token = draw(filtered_log_softmax(logits, **asdict(drawing.decoding)), numbers[:, position % 64])
         tokens.append(token)
         lengths += running
         scores += torch.where(running, log_probability.gather(-1, token[:, None])[:, 0].double(), 0.0)
         running &= ~torch.isin(token, end)
-        if len(tokens) == max_new_tokens or not running.any():
+        if len(tokens) == drawing.max_new_tokens or not running.any():
             break
     return torch.stack(tokens, dim=1), lengths, scores
 

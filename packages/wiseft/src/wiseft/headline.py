@@ -65,11 +65,13 @@ def headline(out: Path, *, scale: str, seed: int) -> list[Claim]:
     Each seed (from `seed` on) leaves `seed-N.json` when it is done; the same call after an interruption reads those and does the
     rest. Seeds run side by side, one process and one thread each: the number of cores does not change a result.
 
-    Raises: `UserError` for an unknown scale and for a seed's file written with other settings.
+    Raises: `UserError` for an unknown scale, a seed out of range, and a seed's file written with other settings.
     """
     if scale not in SCALES:
         raise UserError(f"scale {scale}: choose one of {', '.join(SCALES)}")
     chosen = SCALES[scale]
+    if not 0 <= seed <= 2**32 - chosen.seeds:  # what NumPy takes
+        raise UserError(f"seed is {seed}: it must be in [0, 2^32 - {chosen.seeds}]")
     seeds = tuple(range(seed, seed + chosen.seeds))
     worlds = _measure_all(out, chosen.settings, seeds)
     found = claims(worlds, chosen.settings)
@@ -82,7 +84,7 @@ def headline(out: Path, *, scale: str, seed: int) -> list[Claim]:
         "settings": dataclasses.asdict(chosen.settings),
         "ks": list(KS),
         "environment": environment(),
-        "claims": [claim.to_json() for claim in found],
+        "claims": [dataclasses.asdict(claim) for claim in found],
         "real_checkpoints": real,
         "seeds": worlds,
     }
@@ -178,8 +180,8 @@ def _measure_all(out: Path, settings: Settings, seeds: Sequence[int]) -> list[di
     described = json.loads(json.dumps(dataclasses.asdict(settings)))
     files = {seed: out / f"seed-{seed}.json" for seed in seeds}
     for file in files.values():
-        if file.exists() and json.loads(file.read_text())["settings"] != described:
-            raise UserError(f"{file} was measured with other settings: choose another folder")
+        if file.exists() and _settings(file) != described:
+            raise UserError(f"{file} was measured with other settings: choose another folder, or delete it")
     todo = [(settings, seed, file) for seed, file in files.items() if not file.exists()]
     if len(todo) == 1:
         _measure_one(todo[0])
@@ -188,6 +190,13 @@ def _measure_all(out: Path, settings: Settings, seeds: Sequence[int]) -> list[di
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             list(pool.map(_measure_one, todo))
     return [json.loads(file.read_text()) for file in files.values()]
+
+
+def _settings(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _measure_one(job: tuple[Settings, int, Path]) -> None:

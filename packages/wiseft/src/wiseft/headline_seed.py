@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from wiseft.arithmetic import TOKENIZER, Problems, StateDict, World, finetune, pretrain, split
 from wiseft.decoding import Decoding
 from wiseft.exact import ExactPassAtK, chain_log_probability, exact_pass_at_k
-from wiseft.generation import batches, complete, requests_for
+from wiseft.generation import Drawing, batches, complete, requests_for
 from wiseft.interpolate import interpolate_
 from wiseft.merging import merge
 from wiseft.policy_gradient import policy_gradient
@@ -167,9 +167,9 @@ def _votes(model: PreTrainedModel, base: PreTrainedModel, test: Problems, settin
     requests = requests_for(problems, TOKENIZER, n=settings.samples)
     answers: dict[str, list[str | None]] = {problem.id: [] for problem in problems}
     rewards: dict[str, list[float]] = {problem.id: [] for problem in problems}
-    longest = test.chains.shape[1] + 1
+    drawing = Drawing(decoding=Decoding(), seed=seed, max_new_tokens=test.chains.shape[1] + 1)
     for batch in batches(requests, 3200):
-        drawn = complete(model, TOKENIZER, batch, decoding=Decoding(), seed=seed, max_new_tokens=longest)
+        drawn = complete(model, TOKENIZER, batch, drawing)
         chains = [[*TOKENIZER(one.text).input_ids, TOKENIZER.eos_token_id] for one in drawn]
         with torch.inference_mode():
             reward = chain_log_probability(base, [request.prompt for request in batch], chains).tolist()

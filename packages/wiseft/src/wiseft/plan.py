@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,11 +136,19 @@ def check_delta(delta: Any) -> float:
 
 
 def read_module_deltas(path: Path) -> dict[str, float]:
-    """Read a JSON file of regex -> delta, in the order of the file."""
-    rules = read_json(path)
+    """Read a JSON file of regex -> delta, in the order of the file. A regex that is there twice is an error."""
+    rules = read_json(path, pairs=_each_once)
     if not rules or not all(type(value) in (int, float) for value in rules.values()):
         raise UserError(f'{path}: expected one object of regex -> delta such as {{"mlp": 0.3}}')
     return rules
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    patterns = [pattern for pattern, _ in pairs]
+    for pattern in patterns:
+        if patterns.count(pattern) > 1:
+            raise ValueError(f"the regex {pattern!r} is there twice")
+    return dict(pairs)
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -153,7 +161,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
 def _check_names(early: Checkpoint, late: Checkpoint, missing: Missing) -> None:
     for checkpoint in (early, late):
         if any("lora_A" in name for name in checkpoint.tensors):
-            raise UserError(f"{checkpoint.path} holds LoRA factors: give the adapter's folder, and merge two of them")
+            where = "merge two adapters by their folders, or first fold this one into its base (peft's merge_and_unload)"
+            raise UserError(f"{checkpoint.path} holds LoRA factors: {where}")
     heads = [any(_HEAD.search(name) for name in checkpoint.tensors) for checkpoint in (early, late)]
     if heads[0] != heads[1]:
         with_head, without = (early, late) if heads[0] else (late, early)
@@ -223,14 +232,14 @@ def read_model_json(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     return read_json(folder / name) if folder else None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file, None where there is no such file."""
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any] | None:
+    """A JSON object from a file, None where there is no such file; `pairs` checks the keys, raising `ValueError`."""
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text("utf-8-sig"))
+        value = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=pairs)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value

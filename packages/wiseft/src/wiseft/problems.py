@@ -45,7 +45,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
     first_seen: dict[str, int] = {}
     problems: list[Problem] = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -68,6 +68,8 @@ def _parse(line: str, number: int, where: str) -> Problem:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise UserError(f"{where}: {error}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     for id_key, prompt_key, answer_key in FORMATS:
@@ -84,4 +86,9 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record[key]
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise UserError(f"{where}: {key} must be text or a number, and not empty; it is {json.dumps(value)}")
-    return str(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer reads
+        raise UserError(f"{where}: {key} is not Unicode text; it is {json.dumps(value)}") from None
+    return text

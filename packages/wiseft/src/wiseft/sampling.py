@@ -13,12 +13,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lmcore.errors import UserError
-from lmcore.record import environment, write_json
 from wiseft import generation, vllm_generation
 from wiseft.decoding import Decoding
-from wiseft.generation import Chat, Completion, Request, requests_for
+from wiseft.generation import Chat, Completion, Drawing, Request, requests_for
 from wiseft.problems import Problem
-from wiseft.resumable import locked
+from wiseft.resumable import continued
 from wiseft.verifiers import Verdict, gsm8k, require_readable
 
 Verifier = Callable[[str, str], Verdict]
@@ -77,13 +76,13 @@ def sample(
         "verifier": verifier.__qualname__,
     }
     plan = engine.batches(requests, batch_size)
+    drawing = Drawing(decoding=decoding, seed=seed, max_new_tokens=max_new_tokens)
     drawn, seconds = 0, 0.0
-    with locked(out / "samples.jsonl") as file:
-        _settle_configuration(out / "run.json", config, file, overwrite)
+    with continued(out / "samples.jsonl", config, overwrite=overwrite) as file:
         done = _keep_whole_batches(file, plan, out / "samples.jsonl")
         for batch in tqdm(plan[done:], desc="sample", unit="batch", initial=done, total=len(plan), disable=None):
             start = time.perf_counter()
-            completions = engine.complete(model, tokenizer, batch, decoding=decoding, seed=seed, max_new_tokens=max_new_tokens)
+            completions = engine.complete(model, tokenizer, batch, drawing)
             drawn, seconds = drawn + sum(c.tokens for c in completions), seconds + time.perf_counter() - start
             verdicts = [verifier(c.text, references[r.problem]) for r, c in zip(batch, completions, strict=True)]
             file.write(b"".join(map(_line, batch, completions, verdicts)))
@@ -115,30 +114,6 @@ def _require_at_least_one(**settings: int) -> None:
 
 def _digest(value: Any) -> str:
     return blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
-
-
-def _settle_configuration(path: Path, config: dict[str, Any], file: BinaryIO, overwrite: bool) -> None:
-    """Leave `path` holding `config`, and `file` nothing that was drawn under another one."""
-    differences = _differences(path, config, empty=os.fstat(file.fileno()).st_size == 0)
-    if differences is None:
-        return
-    if differences and not overwrite:
-        raise UserError(f"{path.parent} holds another run ({differences}): choose another --out or pass --overwrite")
-    file.truncate(0)  # before the new configuration is there: a kill in between must not pair it with the old samples
-    os.fsync(file.fileno())
-    write_json(path, {"config": config, "environment": environment()})
-
-
-def _differences(path: Path, config: dict[str, Any], *, empty: bool) -> str | None:
-    """How the recorded run differs from `config`: None if it does not, "" if there is no run yet."""
-    if not path.exists():
-        return "" if empty else f"{path.name} is missing"
-    try:
-        recorded = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError):
-        return f"{path.name} is damaged"
-    names = [name for name in {**recorded, **config} if recorded.get(name) != config.get(name)]
-    return "; ".join(f"{name}: {recorded.get(name)} before, {config.get(name)} now" for name in names) or None
 
 
 def _keep_whole_batches(file: BinaryIO, plan: list[list[Request]], path: Path) -> int:

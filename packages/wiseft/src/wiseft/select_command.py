@@ -1,17 +1,16 @@
 """The command `wiseft select`."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
-from lmcore.cli import Command
+from wiseft.sampling_options import SamplingCommand
 from wiseft.tables import print_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Select(Command):
+class Select(SamplingCommand):
     """Find the early checkpoint, delta and temperature with the best Pass@k, sampling no more than it takes.
 
     Races each EARLY at each delta and temperature, and LATE alone, on the same problems; who is shown not to be the best leaves. The
@@ -23,14 +22,8 @@ class Select(Command):
     """Folder or Hub id of the late checkpoint."""
     early: tuple[str, ...]
     """Folders or Hub ids of the early checkpoints."""
-    problems: Path
-    """JSONL file of problems, as for `wiseft sample`."""
     k: int
     """Pass@k is what the best candidate has most of."""
-    out: Path
-    """Folder for the results."""
-    verifier: Literal["gsm8k", "boxed", "exact", "math"]
-    """How a completion is judged; see `wiseft sample --help`."""
     delta: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
     """Weights of EARLY to try; 1 is EARLY alone. LATE alone always takes part."""
     temperature: tuple[float, ...] = (0.7, 1.0, 1.3)
@@ -45,59 +38,28 @@ class Select(Command):
     """Share of the problems kept for a last, unbiased measurement of the winner and of LATE alone."""
     level: float = 0.95
     """The best candidate is eliminated with probability at most 1 - level; also the level of the intervals."""
-    top_k: int | None = None
-    """Keep the k most probable tokens."""
-    top_p: float | None = None
-    """Keep the most probable tokens that make up this probability."""
-    min_p: float | None = None
-    """Keep the tokens at least this share as probable as the most probable one."""
-    max_new_tokens: int = 512
-    """Cut a completion off after this many tokens."""
-    batch_size: int = 64
-    """Completions of a problem drawn together."""
-    prompt_template: str = "{prompt}"
-    """Text put to the model, with {prompt} for the problem's prompt."""
-    chat: Literal["auto", "on", "off"] = "auto"
-    """Put the text in the tokenizer's chat template as the user's turn; auto: if it has one."""
-    limit: int | None = None
-    """Only the first problems of the file."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype to compute in."""
-    device: str | None = None
-    """Where to run, e.g. cpu or cuda:1; by default the GPU if there is one."""
 
     def run(self) -> dict[str, Any]:
         """Select, and return the content of result.json."""
-        import torch
-
-        from wiseft.problems import read_problems
         from wiseft.selection import select
-        from wiseft.verifiers import VERIFIERS
 
         return select(
             self.late,
             self.early,
-            read_problems(self.problems, self.limit),
+            self.read_problems(),
             k=self.k,
-            out=self.out,
+            n=self.n,
             delta=self.delta,
             temperature=self.temperature,
-            n=self.n,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
-            verifier=VERIFIERS[self.verifier],
             block=self.block,
             tolerance=self.tolerance,
             holdout=self.holdout,
             level=self.level,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-            template=self.prompt_template,
-            chat=self.chat,
-            dtype=getattr(torch, self.dtype),
-            device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            **self.sampling(),
+            **self.placement(),
         )
 
     def show(self, result: dict[str, Any]) -> None:

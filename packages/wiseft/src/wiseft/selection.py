@@ -19,16 +19,18 @@ from wiseft.barrier import measure_barriers
 from wiseft.comparison import compare
 from wiseft.counting import Candidate, Count, Ledger, LiveModel, Sampling, candidates_of, labelled
 from wiseft.decoding import Decoding
-from wiseft.generation import Chat, Request, identity, requests_for
+from wiseft.generation import Chat, identity, requests_for, require_room
 from wiseft.passk import pass_at_k
 from wiseft.plan import plan
 from wiseft.problems import Problem
 from wiseft.racing import Race, mean_interval
+from wiseft.resumable import continued
 from wiseft.selection_report import write_report
 from wiseft.summary import summarize
 from wiseft.verifiers import Verdict, gsm8k, require_readable
 
 _BARRIER_PROBLEMS = 64
+_RESULTS = ("barriers.json", "result.json", "index.html")
 
 Json = dict[str, Any]
 Counter = Callable[[Candidate, Problem], Count]
@@ -59,6 +61,7 @@ def select(
     chat: Chat = "auto",
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    overwrite: bool = False,
 ) -> Json:
     """Race all candidates for the best Pass@k, and measure the winner again on problems held out.
 
@@ -77,7 +80,8 @@ def select(
 
     There is one model in memory, whose weights are set in place. `out` gets `result.json` (what is returned), `index.html`,
     `run.json` (configuration and environment), `barriers.json` and `counts.jsonl`. The last grows by a line per candidate and problem,
-    and the same call, with as many threads, continues a run that was killed, to the same result.
+    and the same call, with as many threads, continues a run that was killed, to the same result. A run with another configuration is
+    refused, or, with `overwrite`, replaced.
 
     Raises: `UserError` for settings out of range, too few problems, checkpoints that do not fit each other, a reference answer that the
     verifier cannot read, a prompt that leaves no room for `max_new_tokens`, and an `out` that holds another run.
@@ -101,7 +105,7 @@ def select(
     )  # fmt: skip
     live = LiveModel(late, sources, dtype=dtype, device=device)
     prompts = requests_for([*raced, *held_out], live.tokenizer, n=1, template=template, chat=chat)
-    _require_room(live, prompts, max_new_tokens)
+    require_room(live.model, prompts, max_new_tokens)
     config = {
         **identity(live.at(None, 0.0), live.tokenizer),
         "early": {label: identity(live.at(label, 1.0), live.tokenizer)["weights"] for label in sources},
@@ -114,7 +118,11 @@ def select(
         "level": level,
         **sampling.to_json(),
     }
-    with Ledger.open(out, config) as ledger, tqdm(desc="select", unit="problem", disable=None) as bar:
+    with (
+        continued(out / "counts.jsonl", config, overwrite=overwrite, results=_RESULTS) as file,
+        tqdm(desc="select", unit="problem", disable=None) as bar,
+    ):
+        ledger = Ledger(file)
 
         def count(candidate: Candidate, problem: Problem) -> Count:
             known = ledger.get(candidate, problem)
@@ -272,19 +280,13 @@ def _require_fit(late: str | Path, early: Iterable[str | Path], delta: Sequence[
     """What the headers can tell, before anything is loaded."""
     for source in early:
         with Checkpoint.open(source) as a, Checkpoint.open(late) as b:
-            for message in plan(a, b, delta).warnings:
-                warnings.warn(message, stacklevel=3)
-
-
-def _require_room(live: LiveModel, prompts: Sequence[Request], max_new_tokens: int) -> None:
-    """`generation.complete` would say so too, but perhaps not before the last problem."""
-    positions = getattr(live.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(prompts, key=lambda request: len(request.prompt))
-    if positions is not None and len(longest.prompt) + max_new_tokens > positions:
-        raise UserError(
-            f"problem {longest.problem!r}: {len(longest.prompt)} prompt tokens and {max_new_tokens} new ones exceed the {positions} "
-            "positions of the model: lower --max-new-tokens or shorten the prompt"
-        )
+            found = plan(a, b, delta, missing="late")
+            shapes = [{(info.name, info.shape) for info in checkpoint.tensors.values()} for checkpoint in (a, b)]
+        for name, shape in sorted(shapes[0] ^ shapes[1]):
+            only = source if (name, shape) in shapes[0] else late
+            raise UserError(f"only {only} has a tensor {name} of shape {shape}: {source} and {late} must be of one shape")
+        for message in found.warnings:
+            warnings.warn(message, stacklevel=3)
 
 
 def _digest(*values: Any) -> str:

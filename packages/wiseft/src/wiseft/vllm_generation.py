@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmcore.errors import UserError
 from lmcore.random import key
-from wiseft.decoding import Decoding
-from wiseft.generation import Completion, Request
+from wiseft.generation import Completion, Drawing, Request
 
 
 def load(source: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -31,28 +30,21 @@ def batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]
     return [list(requests[start : start + batch_size]) for start in range(0, len(requests), batch_size)]
 
 
-def complete(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    *,
-    decoding: Decoding,
-    seed: int,
-    max_new_tokens: int,
-) -> list[Completion]:
+def complete(model: Any, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], drawing: Drawing) -> list[Completion]:
     """Draw one batch; `score` is vLLM's cumulative log-probability, that of the model itself unless `logprobs_mode` was changed."""
     from vllm import SamplingParams
 
+    decoding = drawing.decoding
     settings = {
         "temperature": decoding.temperature,
         "top_k": decoding.top_k or -1,
         "top_p": decoding.top_p or 1.0,
         "min_p": decoding.min_p or 0.0,
-        "max_tokens": max_new_tokens,
+        "max_tokens": drawing.max_new_tokens,
         "logprobs": 0,  # that of the token drawn alone
     }
     prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-    seeds = [key(seed, request.stream)[0] for request in requests]
+    seeds = [key(drawing.seed, request.stream)[0] for request in requests]
     outputs = model.generate(prompts, [SamplingParams(seed=seed, **settings) for seed in seeds], use_tqdm=False)
     drawn = [output.outputs[0] for output in outputs]
     return [Completion(one.text, len(one.token_ids), one.finish_reason == "stop", one.cumulative_logprob) for one in drawn]
