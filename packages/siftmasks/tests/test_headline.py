@@ -29,6 +29,7 @@ def test_page_and_result_hold_every_claim(smoke):
     page, result = (out / "index.html").read_text(), json.loads((out / "result.json").read_text())
     assert [claim["id"] for claim in result["claims"]] == list(found)
     assert page.count("<figure>") == 3
+    assert (out / "merging.svg").read_text().startswith("<svg")
     assert all(claim.statement.split("(")[0].split("'")[0].strip() in page for claim in found.values())
     assert found["masks-rotated"].verdict == "not tested"
 

@@ -1,9 +1,12 @@
 from .examples import Example as Example
 from .examples import read_examples as read_examples
+from .export import export as export
 from .grid import Grid as Grid
+from .mixed import mixed as mixed
 from .models import load_trainee as load_trainee
 from .optimizer import SiftAdam as SiftAdam
 from .queue import learn_all as learn_all
+from .serving import Server as Server
 from .settings import SiftSettings as SiftSettings
 from .sift import sift as sift
 from .signs import sign_vector as sign_vector

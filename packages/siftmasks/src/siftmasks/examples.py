@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,18 @@ def read_examples(path: Path) -> list[Example]:
     Raises: `UserError` naming file and line for what is no JSON object, lacks a field, has one of another type, is of another kind than
     the lines before or repeats an id; naming the file if it is missing, damaged or holds no example.
     """
+    return examples_of(path, numbered_lines(path))
+
+
+def examples_of(path: Path, lines: Iterable[tuple[int, bytes]]) -> list[Example]:
+    """Do as `read_examples` with some lines of a file, given with their numbers."""
     examples: list[Example] = []
     place: dict[str, int] = {}
     copies: dict[str, int] = {}
     kind = None
-    for number, line in _lines(path):
+    for number, line in lines:
         where = f"{path}, line {number}"
-        given, fields = _parse(where, line)
+        given, fields = parse(where, line)
         if kind not in (None, fields.keys()):
             raise UserError(f"{where}: has {' and '.join(fields)}, the lines before have {' and '.join(kind or ())}")
         kind = fields.keys()
@@ -84,7 +89,7 @@ def batches(examples: Sequence[Example], settings: SiftSettings, task: str) -> l
     return [stream[step * size : (step + 1) * size] for step in range(settings.steps)]
 
 
-def _parse(where: str, line: bytes) -> tuple[str | None, dict[str, Any]]:
+def parse(where: str, line: bytes) -> tuple[str | None, dict[str, Any]]:
     """The id, if there is one, and the two fields of a line."""
     try:
         record = orjson.loads(line)
@@ -109,7 +114,7 @@ def _parse(where: str, line: bytes) -> tuple[str | None, dict[str, Any]]:
     return given, fields
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers, counted from 1."""
     try:
         with open(path, "rb") as raw:

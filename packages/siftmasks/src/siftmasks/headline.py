@@ -58,7 +58,7 @@ SCALES = {
 
 
 def headline(out: Path, *, scale: str, seed: int, clinc: Path | None = None) -> list[Claim]:
-    """Run the claims for real, filling the folder `out` with result.json and index.html.
+    """Run the claims for real, filling the folder `out` with result.json, index.html and merging.svg.
 
     Each part of each seed (from `seed` on) leaves `PART-N.json` when it is done; the same call after an interruption reads those and does
     the rest. They run side by side, one process and one thread each: the number of cores does not change a result but the times.

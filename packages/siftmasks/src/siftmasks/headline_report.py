@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from lmcore.claims import Claim, rows
-from lmcore.report import Page
+from lmcore.record import write_atomically
+from lmcore.report import Page, svg
 from siftmasks.deletions import deletion_steps
 
 Found = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -56,7 +57,7 @@ _TO_FORGET = {
 
 
 def write_page(path: Path, claims: Sequence[Claim], found: Found) -> None:
-    """Write index.html."""
+    """Write index.html, and beside it merging.svg, the picture of the README."""
     shown = {part: runs for part, runs in found.items() if part in TITLES}
     page = Page(
         "SIFT-Masks at small scale",
@@ -88,6 +89,7 @@ def write_page(path: Path, claims: Sequence[Claim], found: Found) -> None:
         _residues(shown), "What one deletion leaves: in a float32 running sum, and in the integer ledger after the whole sweep."
     )
     page.write(path)
+    write_atomically(path.with_name("merging.svg"), svg(merging_figure(shown)))
 
 
 def merging_figure(found: Found) -> Figure:

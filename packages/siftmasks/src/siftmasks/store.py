@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,6 +253,14 @@ class Store:
         if task is not None:
             snapshot.require([task])
         return served_weights(snapshot, self.base(), task, scale, dtype)
+
+    def task(
+        self, name: str | None, model: "torch.nn.Module", scale: "Scale" = "mean"
+    ) -> "AbstractContextManager[torch.nn.Module]":
+        """Serve a task in a live model for the length of a block, `with store.task("alice", model):`; see `serving.task`."""
+        from siftmasks.serving import task
+
+        return task(self, name, model, scale)
 
     def backup(self, out: Source) -> None:
         """Copy the whole store, with commitments and archive, to a new folder, and check it. A backup keeps what is forgotten later."""

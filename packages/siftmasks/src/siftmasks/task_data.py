@@ -1,7 +1,5 @@
 """The data of tasks as users keep them: a folder with a file per task, or one file whose lines name their tasks."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import orjson
 
 from lmcore.errors import UserError
-from siftmasks.examples import Example, _lines, _parse, read_examples
+from siftmasks.examples import Example, examples_of, numbered_lines, parse, read_examples
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
 
@@ -72,9 +70,9 @@ def examples_in(held: Path | Sequence[Example]) -> Sequence[Example]:
 
 def _tasks_of_file(path: Path, only: str | None) -> dict[str, Path | Sequence[Example]]:
     lines: dict[str | None, list[tuple[int, bytes]]] = {}
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         where = f"{path}, line {number}"
-        _parse(where, line)
+        parse(where, line)
         task = orjson.loads(line).get("task")
         if not (task is None or (isinstance(task, str) and task)):
             raise UserError(f"{where}: task is {str(task)[:40]!r}, not a string with a character in it")
@@ -85,27 +83,4 @@ def _tasks_of_file(path: Path, only: str | None) -> dict[str, Path | Sequence[Ex
         raise UserError(
             f"{path}, line {lines[None][0][0]}: names no task: every line needs the key task, or none where one task is asked for"
         )
-    return {task or only or "": _examples(path, own) for task, own in lines.items()}
-
-
-def _examples(path: Path, lines: Iterable[tuple[int, bytes]]) -> list[Example]:
-    """As `read_examples`, of some lines of a file."""
-    examples: list[Example] = []
-    place: dict[str, int] = {}
-    copies: dict[str, int] = {}
-    kind = None
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        given, fields = _parse(where, line)
-        if kind not in (None, fields.keys()):
-            raise UserError(f"{where}: has {' and '.join(fields)}, the lines before have {' and '.join(kind or ())}")
-        kind = fields.keys()
-        if given is None:
-            given = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
-            copies[given] = copies.get(given, 0) + 1
-            given += f"-{copies[given]}" if copies[given] > 1 else ""
-        if given in place:
-            raise UserError(f"{where}: the id {given!r} is that of line {place[given]} already: give each example its own")
-        place[given] = number
-        examples.append(Example(given, fields))
-    return examples
+    return {task or only or "": examples_of(path, own) for task, own in lines.items()}
