@@ -134,18 +134,18 @@ def forget_one_of_64() -> dict[str, Any]:
         return "".join(generator.choice(letters, length))
 
     tasks = {
-        f"user-{task:02d}": [Example(str(i), {"prompt": text(48), "completion": text(16)}) for i in range(20)]
+        f"user-{task:02d}": [Example(str(i), {"prompt": text(36), "completion": text(12)}) for i in range(10)]
         for task in range(64)
     }
     with tempfile.TemporaryDirectory(prefix="siftmasks-") as name:
         folder = Path(name)
-        save_llama(folder / "base", layers=4, hidden_size=256)
+        save_llama(folder / "base", layers=3, hidden_size=192)
         store = Store.init(folder / "store", folder / "base", settings=settings, max_tasks=255)
         trainee = load_trainee(folder / "base", settings)
         store.learn_many(tasks, model=trainee.model, loss=trainee.loss)
         gone, *kept = tasks
         forgetting = []
-        for _ in range(5):
+        for _ in range(3):
             given = {gone: tasks[gone]}
             forgetting.append(
                 seconds_of(lambda given=given: store.forget([gone], given, model=trainee.model, loss=trainee.loss))
@@ -169,7 +169,7 @@ def forget_one_of_64() -> dict[str, Any]:
     steps = {"forget": settings.steps, "central": settings.steps * len(kept)}
     return {
         "weights": weights,
-        "examples_per_task": 20,
+        "examples_per_task": 10,
         "forget_steps": steps["forget"],
         "central_steps": steps["central"],
         "forget_seconds": summary(forgetting),
@@ -222,7 +222,7 @@ def ledger_of_64() -> dict[str, Any]:
 
         ours(64), theirs()  # compiled code and file caches are warm for both from here on
         few, many, merged = [], [], []
-        for _ in range(5):
+        for _ in range(3):
             few.append(ours(8))
             many.append(ours(64))
             merged.append(theirs())

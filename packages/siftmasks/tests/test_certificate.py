@@ -5,9 +5,12 @@ import json
 import pytest
 
 from lmcore.errors import UserError
+from siftmasks import forgetting
+from siftmasks.examples import Example
+from siftmasks.exclusive import locked
 from siftmasks.store import Store
 
-from .conftest import contents, few
+from .conftest import contents, few, random_vector
 
 
 def test_two_different_pasts_give_one_certificate(trained, tmp_path):
@@ -44,12 +47,12 @@ def test_certificate_says_what_the_store_is_and_how_it_came_to_be(small, monkeyp
     assert certificate["note"] == "request 17"
     assert certificate["environment"]["versions"]["torch"]
     assert any("backups" in line for line in certificate["not_covered"])
-    assert {*store.rebuild("C", {}, certificate=place)["methods"]} == {"rebuild"}
+    assert {*store.rebuild("C", {}, certificate=small.folder / "certificate rebuild.json")["methods"]} == {"rebuild"}
     replaced = store.forget_without(
-        "D", ["more"], few("D")["D"] + [few("D")["D"][0].__class__("more", {})], **how, certificate=place
+        "D", ["more"], [*few("D")["D"], Example("more", {})], **how, certificate=small.folder / "certificate replaced.json"
     )
     assert {*replaced["methods"]} == {"archive"}
-    assert {*store.certify(place)["methods"]} == {"none"}
+    assert {*store.certify(small.folder / "certificate certify.json")["methods"]} == {"none"}
     assert not [path for path in store.path.rglob("*") if "certificate" in path.name]
 
 
@@ -64,6 +67,15 @@ def test_a_certificate_in_the_store_is_refused_before_anything_is_done(small, pl
     assert contents(store.path) == before
 
 
+def test_a_certificate_never_replaces_a_file(small):
+    store, data = small.store("store", "AB"), small.folder / "alice.jsonl"
+    data.write_text("{}")
+    for write in (lambda: store.forget("A", certificate=data), lambda: store.certify(data)):
+        with pytest.raises(UserError, match=r"alice\.jsonl exists"):
+            write()
+    assert (store.tasks, data.read_text()) == (["A", "B"], "{}")
+
+
 def test_there_is_no_certificate_while_the_old_version_is_still_there(small, monkeypatch):
     store = small.store("store", "AB")
     monkeypatch.setattr("lmcore.record.shutil.rmtree", lambda *_, **__: None)
@@ -72,5 +84,53 @@ def test_there_is_no_certificate_while_the_old_version_is_still_there(small, mon
     assert not (small.folder / "certificate.json").exists()
     monkeypatch.undo()
     assert Store.open(store.path).tasks == ["B"]
+    (small.folder / ".store.partial").mkdir()
+    with monkeypatch.context() as changed, pytest.raises(UserError, match=r"could not be removed: remove .*store.partial"):
+        changed.setattr("siftmasks.exclusive.shutil.rmtree", lambda *_, **__: None)
+        store.certify(small.folder / "certificate.json")
+    assert not (small.folder / "certificate.json").exists()
+    assert Store.open(store.path).tasks == ["B"]
     assert {path.name for path in small.folder.iterdir()} == {"base.safetensors", "store", ".store.lock"}
     assert store.certify(small.folder / "certificate.json")["digest"] == small.store("other", "B").digest()
+
+
+@pytest.mark.parametrize(
+    "file", ["ledger/total-0.safetensors", "masks/A.safetensors", "archive/A.safetensors", "masks/left.safetensors"]
+)
+def test_what_is_not_sound_is_not_certified(small, file):
+    store = small.store("store", "A")
+    (store.path / file).write_bytes(b"")
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        store.certify(small.folder / "certificate.json")
+    assert not (small.folder / "certificate.json").exists()
+
+
+def test_nothing_is_certified_while_another_process_writes_and_its_remains_are_cleared_first(small):
+    store, partial = small.store("store", "A"), small.folder / ".store.partial"
+    with locked(store.path), pytest.raises(UserError, match="another process is writing to"):
+        store.certify(small.folder / "certificate.json")
+    partial.mkdir()
+    store.certify(small.folder / "certificate.json")
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("change", ["forget", "forget_examples", "rebuild"])
+def test_the_certificate_is_that_of_the_deletion_whatever_is_learned_next(small, monkeypatch, change):
+    store, place = small.store("store", "AB"), small.folder / "certificate.json"
+    how = small.train_at_random(monkeypatch, store.config)
+    usual, digests = getattr(forgetting, change), []
+
+    def then_another_learns(*arguments):
+        result = usual(*arguments)
+        digests.append(store.digest())
+        store._add([("C", random_vector(store.config, 1))])
+        return result
+
+    monkeypatch.setattr(forgetting, change, then_another_learns)
+    if change == "forget_examples":
+        examples = [Example("stays", {}), Example("goes", {})]
+        certificate = store.forget_without("A", ["goes"], examples, **how, certificate=place)
+    else:
+        certificate = getattr(store, change)("A", {}, certificate=place)
+    assert [certificate["digest"]] == digests
+    assert certificate["digest"] != store.digest()

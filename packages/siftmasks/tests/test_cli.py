@@ -103,11 +103,12 @@ def test_learn_forget_learn_in_any_order_ends_at_one_digest(siftmasks, init, dat
     assert siftmasks.result("verify", first, "--data", data)["equal"]
 
 
-def test_every_option_of_init_is_in_the_config(siftmasks, base, tmp_path):
+@pytest.mark.parametrize("one", [{"mode": "signs"}, {"density": 0.5}], ids=str)
+def test_every_option_of_init_is_in_the_config(siftmasks, base, tmp_path, one):
     options = {
-        "max-tasks": 9, "policy": "groups", "groups": 3, "mode": "signs", "learning-rate": 0.5, "steps": 2, "batch-size": 2, "bits": 7,
-        "headroom": 4.0, "density": 0.5, "dtype": "bfloat16", "threads": 2, "max-length": 9, "seed": 5,
-    }  # fmt: skip
+        "max-tasks": 9, "policy": "groups", "groups": 3, "learning-rate": 0.5, "steps": 2, "batch-size": 2, "bits": 7,
+        "headroom": 4.0, "dtype": "bfloat16", "threads": 2, "max-length": 9, "seed": 5,
+    } | one  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     made = siftmasks.result("init", tmp_path / "store", "--base", base, *words, "--freeze", "mlp", "norm")
     config = Store.open(tmp_path / "store").config

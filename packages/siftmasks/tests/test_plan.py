@@ -183,6 +183,10 @@ def test_plan_on_the_command_line(capsys):
     assert "Choose SIFT-Masks, rederive: a merged model for users without a task" in out
     assert "--parameters or --base" in siftmasks.refused("plan", "--tasks", 5, "--deletions-per-month", 1)
     assert "expected one such as" in siftmasks.refused("plan", *options[:-1], "plenty")
+    for size in ("nan", "inf", "0.5", "1e30"):
+        assert "expected the weights of a model" in siftmasks.refused("plan", *options[:-3], size)
+    for option in ("--lora-rank", "--hidden-size"):
+        assert f"{option} 0: expected" in siftmasks.refused("plan", *options, option, 0)
 
 
 def test_plan_counts_the_weights_of_a_base(capsys, tmp_path):

@@ -225,6 +225,24 @@ def test_what_is_trained_is_published_as_often_as_asked_or_as_its_cost_allows(qu
     assert quick.tasks == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_what_is_trained_survives_an_interrupt_while_it_is_published(quick, monkeypatch, done):
+    usual, calls = Store._add, []
+
+    def interrupted(self, vectors):
+        added = usual(self, vectors) if done or calls else {}
+        calls.append(added)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return added
+
+    monkeypatch.setattr(Store, "_add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn_all(quick, named("a", "b", "c"), processes=2, publish_seconds=0)
+    assert len(quick.tasks) == 1
+    quick.check()
+
+
 def test_nothing_is_trained_without_room_for_all(quick, monkeypatch):
     monkeypatch.setattr(queue, "_Worker", None)
     with pytest.raises(UserError, match="0 of at most 20 tasks, and 21 more are to be learned"):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
+from siftmasks.base_model import check_model
 from siftmasks.bits import unpack_bits
 from siftmasks.canonical import quoted, to_json, unquoted
 from siftmasks.config import FORMAT
@@ -197,6 +199,17 @@ def test_the_model_must_be_the_base(trained, tmp_path):
     )
 
 
+def test_a_zero_of_the_other_sign_is_not_the_base(small):
+    save_file({"a": torch.zeros(2)}, small.base)
+    model = torch.nn.Module()
+    model.a = torch.nn.Parameter(-torch.zeros(2))
+    with Checkpoint.open(small.base) as base:
+        with pytest.raises(UserError, match="a of the model is not that of the base"):
+            check_model(model, base, SiftSettings())
+        torch.nn.init.zeros_(model.a)
+        check_model(model, base, SiftSettings())
+
+
 def test_another_base_is_refused_and_a_moved_one_is_given(small, tmp_path):
     store = small.store("store", "A")
     weights = load_file(small.base)
@@ -341,9 +354,33 @@ def test_tasks_may_outnumber_the_files_that_can_be_open(small, tmp_path):
 def test_density_keeps_the_largest_of_a_checkpoint(small, tmp_path):
     base = load_file(small.base)
     save_file(base | {"a": base["a"] + 1e-3 * torch.randn(5, 7)}, tmp_path / "tuned.safetensors")
-    store = small.store(density=0.2, mode="signs")
+    store = small.store(density=0.2)
     assert store.learn_from("A", tmp_path / "tuned.safetensors").lost > 0.1
     assert int((store.snapshot().ledger("total", "a").int() > 0).sum()) == 7
+
+
+def test_a_density_needs_masks():
+    """In mode "signs" a weight that is left out would have bit 0, and be served as minus what the other tasks have there."""
+    with pytest.raises(UserError, match=r'density is 0\.2: it must be None in mode "signs"'):
+        SiftSettings(mode="signs", density=0.2)
+
+
+def test_what_is_not_trained_may_have_any_dtype(small, tmp_path):
+    base = load_file(small.base)
+    odd = {
+        "whole": torch.arange(5), "unsigned": torch.tensor([3], dtype=torch.uint16), "yes": torch.tensor([True, False]),
+        "scalar": torch.tensor(7), "eighth": torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn), "nan": torch.tensor([float("nan")]),
+        "complex": torch.tensor([1j, 2]), "small": torch.tensor([-1, 2], dtype=torch.int8),
+    }  # fmt: skip
+    save_file(base | odd, small.base)
+    store = small.store()
+    save_file(base | odd | {"a": base["a"] + 1e-3}, tmp_path / "tuned.safetensors")
+    store.learn_from("A", tmp_path / "tuned.safetensors")
+    assert store.tasks == ["A"]
+    for name in ("whole", "yes", "eighth"):
+        other = odd[name].flip(0) if name != "eighth" else torch.tensor([1.0, -3.0]).to(torch.float8_e4m3fn)
+        save_file(base | odd | {name: other}, tmp_path / "other.safetensors")
+        refused(store, f"{name} differs from the base", store.learn_from, "B", tmp_path / "other.safetensors")
 
 
 def test_backup_and_restore(small):

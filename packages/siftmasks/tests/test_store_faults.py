@@ -1,10 +1,13 @@
 """Damage is found and named, whatever is damaged and however; what cannot be written leaves the store as it was."""
 
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +130,37 @@ def test_something_left_without_any_task_says_so(small):
     (one.path / "manifest.json").write_bytes(Manifest(files, 1, manifest.counts).to_bytes())
     with pytest.raises(UserError, match="something is left of a without any task: rebuild"):
         Store.open(one.path).forget("A")
+
+
+def test_damage_that_keeps_size_and_time_of_a_file_is_seen(small):
+    """This process has hashed the file before."""
+    store = small.store("store", "AB")
+    dict(store.weights("A"))
+    file = store.path / "masks/A.safetensors"
+    times = file.stat()
+    time.sleep(0.02)  # the clock of a file system may tick a hundred times a second
+    flip(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match=r"masks/A\.safetensors is damaged or missing"):
+        dict(store.weights("A"))
+
+
+def test_a_version_published_while_one_is_read_is_no_damage(small, monkeypatch):
+    """After the first read of its manifest and of a sidecar, each is another's."""
+    store, other, usual = small.store("store", "AB"), small.store("other", "A"), Path.read_bytes
+
+    def read_bytes(path):
+        data = usual(path)
+        if path.name in ("manifest.json", "A.json") and store.path in path.parents:
+            path.write_bytes(usual(other.path / path.relative_to(store.path)))
+        return data
+
+    key = store.snapshot().commitment("A").key
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    snapshot = store.snapshot()
+    assert snapshot.tasks == ["A", "B"]
+    assert snapshot.commitment("A").key == key
+    assert (store.snapshot().tasks, store.snapshot().commitment("A").key != key) == (["A"], True)
 
 
 def test_files_that_do_not_belong_there_are_named(small):

@@ -16,6 +16,7 @@ from siftmasks.trainable import trainable_names
 
 _BLOCK = 2**24
 _FLOATS = ("F32", "BF16", "F16")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def open_base(source: str | Path) -> Checkpoint:
@@ -71,8 +72,20 @@ def check_model(model: nn.Module, checkpoint: Checkpoint, settings: SiftSettings
             ours, base = tensor.detach().cpu(), checkpoint.tensor(name)
             if base.is_floating_point():
                 ours, base = ours.to(dtype), base.to(dtype)
-            if not torch.equal(ours, base):
+            if not same_bits(ours, base):
                 raise UserError(f"{name} of the model is not that of the base {checkpoint.path}: load the model from it")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors on one device have the same dtype, shape and bits: 0.0 is not -0.0, and a NaN is itself.
+
+    >>> same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")])), same_bits(torch.tensor(0.0), torch.tensor(-0.0))
+    (True, False)
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    integers = _INTEGERS[one.element_size()]
+    return torch.equal(one.reshape(-1).view(integers), other.reshape(-1).view(integers))
 
 
 def _names_by_architecture(checkpoint: Checkpoint, settings: SiftSettings) -> list[str]:

@@ -28,15 +28,21 @@ def to_json(value: Any) -> bytes:
 
 def from_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises: `UserError` that names the file if it is missing or damaged."""
+    return read_json(path)[0]
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Read a JSON object and give its bytes too: a second read might find those of another version. Raises: as `from_json`."""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        value = json.loads(data)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
-    return value
+    return value, data
 
 
 def quoted(task: str) -> str:
@@ -113,10 +119,13 @@ def write_hashed(path: Path, data: bytes) -> str:
 
 
 def file_sha256(path: Path, *, remembered: bool = True) -> str:
-    """Return the SHA-256 of a file; one that this process has read before, unchanged by its inode, size and time, is not read again."""
+    """Return the SHA-256 of a file; one that this process has read before, unchanged by its inode, size and times, is not read again.
+
+    The time of the last change of the inode is among them: no program can set it back. A new hard link moves it too, and costs a hash.
+    """
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if not (remembered and identity in _known):
             digest, block = sha256(), memoryview(bytearray(2**20))
             while count := file.readinto(block):
@@ -147,4 +156,4 @@ def room_for(path: Path) -> Iterator[None]:
         raise
 
 
-_known: dict[tuple[int, int, int, int], str] = {}
+_known: dict[tuple[int, ...], str] = {}

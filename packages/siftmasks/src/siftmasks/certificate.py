@@ -27,10 +27,12 @@ NOT_COVERED = [
 
 
 def check_place(certificate: Path | None, store: Path) -> None:
-    """Refuse a path inside the store, where the certificate would be history. Raises: `UserError`."""
+    """Refuse a path inside the store, where the certificate would be history, and a file that is there. Raises: `UserError`."""
     if certificate is None:
         return
     place = certificate.resolve()
+    if place.is_file():
+        raise UserError(f"{certificate} exists: choose another file for the certificate")
     if place == store or store in place.parents or place.is_dir() or not place.parent.is_dir():
         raise UserError(
             f"{certificate} is not a place for a certificate: choose a file in a folder that exists, outside {store}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from lmcore.errors import UserError
 from lmcore.record import environment
-from siftmasks.canonical import from_json, to_json
+from siftmasks.canonical import read_json, to_json
 
 
 class RederivationMismatch(UserError):
@@ -62,12 +62,12 @@ class Commitment:
     @classmethod
     def read(cls, path: Path) -> "Commitment":
         """Read a sidecar. Raises: `UserError` that names it if it is missing or damaged."""
-        fields = from_json(path)
+        fields, data = read_json(path)
         try:
             commitment = cls(bytes.fromhex(fields["key"]), dict(fields["tensors"]), dict(fields["environment"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
-        if commitment.to_bytes() != path.read_bytes():
+        if commitment.to_bytes() != data:
             raise UserError(f"{path} is damaged: its checksum does not match")
         return commitment
 

@@ -100,7 +100,7 @@ def deletion_steps(tasks: int, steps: int, *, deletions: int, shards: int = 20) 
 
     With i - 1 tasks deleted, R = tasks - i remain after deletion i:
     - `sift_masks` (also FT + Merge): the deleted task is derived again, `steps`;
-    - `sift_masks_archive`, `bitdelta`, `mask_only`, `local`: nothing is trained;
+    - `sift_masks_archive`, `bitdelta` (also mask-only and local models): nothing is trained;
     - `rebuild` (TIES, TALL-masks, EMR, Consensus, whose masks or signs depend on all tasks, and whose local models are not stored):
       R `steps`; `central` at equal epochs as many;
     - `shards`: the rest of one of `shards` clusters of equal size, from which tasks are deleted in turn.

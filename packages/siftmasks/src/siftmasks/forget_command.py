@@ -43,27 +43,27 @@ class Forget(ModelCommand):
 
         store = self.opened()
         store.snapshot().require(self.tasks)
+        tasks = [*dict.fromkeys(self.tasks)]
         proof: dict[str, Any] = {"certificate": self.certificate, "note": self.note}
         if self.examples:
-            if self.rebuild or len(self.tasks) != 1 or self.data is None:
+            if self.rebuild or len(tasks) != 1 or self.data is None:
                 raise UserError("--examples takes one task and its --data, and no --rebuild")
-            data = self._read(store, self.tasks)
-            task = self.tasks[0]
+            data, task = self._read(store, tasks), tasks[0]
             written = store.forget_without(task, self.examples, data[task], **self._model(store, data), **proof)
         elif self.rebuild:
-            data = self._read(store, store.remaining(self.tasks))
-            written = store.rebuild(self.tasks, data, **self._model(store, data), **proof)
+            data = self._read(store, store.remaining(tasks))
+            written = store.rebuild(tasks, data, **self._model(store, data), **proof)
         else:
-            data = self._read(store, self.tasks)
+            data = self._read(store, tasks)
             try:
-                written = store.forget(self.tasks, data, **self._model(store, data), **proof)
+                written = store.forget(tasks, data, **self._model(store, data), **proof)
             except RederivationMismatch as error:
                 raise UserError(f"{error}: forget --rebuild --data THEIR_DATA") from None
-        return {"forgotten": len(self.tasks), "tasks": len(store.tasks), "digest": store.digest(), "certificate": written}
+        return {"forgotten": len(tasks), "tasks": len(store.tasks), "digest": store.digest(), "certificate": written}
 
     def show(self, result: dict[str, Any]) -> None:
         """Print digest and where the certificate is."""
-        what = f"{len(self.examples)} examples of 1 task" if self.examples else f"{result['forgotten']} tasks"
+        what = f"{len({*self.examples})} examples of 1 task" if self.examples else f"{result['forgotten']} tasks"
         print(f"{what} forgotten, {result['tasks']} tasks in the store")
         if self.certificate:
             print(f"certificate {self.certificate}")

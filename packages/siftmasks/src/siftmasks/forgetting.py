@@ -7,17 +7,19 @@ from pathlib import Path
 from lmcore.errors import UserError
 from siftmasks.commitments import RederivationMismatch
 from siftmasks.next_version import NextVersion, next_version
+from siftmasks.snapshot import Snapshot
 from siftmasks.training import Training
 
 
-def forget(path: Path, tasks: Collection[str], training: Training) -> set[str]:
-    """Remove tasks in one version; returns the methods used. Every commitment is compared before anything is subtracted."""
+def forget(path: Path, tasks: Collection[str], training: Training) -> tuple[Snapshot, set[str]]:
+    """Remove tasks; returns the version without them and the methods used. All commitments are compared before anything is subtracted."""
     with next_version(path) as version:
-        return _remove(version, tasks, training)
+        methods = _remove(version, tasks, training)
+    return version.standing, methods
 
 
-def forget_examples(path: Path, task: str, ids: Collection[str], training: Training) -> set[str]:
-    """Replace a task by its retrain on the examples that remain, in one version."""
+def forget_examples(path: Path, task: str, ids: Collection[str], training: Training) -> tuple[Snapshot, set[str]]:
+    """Replace a task by its retrain on the examples that remain, in one version. Returns: as `forget`."""
     examples = training.examples[task]
     remaining = [example for example in examples if example.id not in {*ids}]
     with next_version(path) as version:
@@ -31,11 +33,14 @@ def forget_examples(path: Path, task: str, ids: Collection[str], training: Train
         methods = _remove(version, [task], replace(training, examples={}) if archived else training)
         for name, vector in replace(training, examples={task: remaining}).vectors(version.config, [task]):
             version.add(name, vector)
-    return methods
+    return version.standing, methods
 
 
-def rebuild(path: Path, forgetting: Collection[str], training: Training) -> set[str]:
-    """Make the ledgers that hold the tasks anew from those that remain: by their archive where there is one, else from their data."""
+def rebuild(path: Path, forgetting: Collection[str], training: Training) -> tuple[Snapshot, set[str]]:
+    """Make the ledgers that hold the tasks anew from those that remain: by their archive where there is one, else from their data.
+
+    Returns: as `forget`.
+    """
     with next_version(path) as version:
         config = version.config
         remaining = version.old.remaining(forgetting)
@@ -49,7 +54,7 @@ def rebuild(path: Path, forgetting: Collection[str], training: Training) -> set[
             version.contribute(task, recorded)
         for task, vector in derived:
             version.add(task, vector)
-    return {"rebuild"}
+    return version.standing, {"rebuild"}
 
 
 def _remove(version: NextVersion, tasks: Collection[str], training: Training) -> set[str]:

@@ -68,7 +68,7 @@ def text(
     kind: Kind = "private",
     clinc: Path | None = None,
     counts: Sequence[int] = COUNTS,
-    fractions: Sequence[float] = (),
+    fractions: Sequence[float] = (0.0, 0.5),
     densities: Sequence[float] = (),
     base: Base | None = None,
 ) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
+from siftmasks.base_model import same_bits
 from siftmasks.config import StoreConfig
 from siftmasks.ops.ledger_add import ledger_add
 from siftmasks.recorded import TaskWriter, read_tensor
@@ -50,7 +51,7 @@ class ImportedTask:
         if settings.density is not None:
             task_vector = prune(task_vector, settings.density)
         self._before += before
-        self._after += _energy(task_vector) if sign is not None or settings.density is not None else before
+        self._after += _energy(task_vector) if sign is not None else before
         grid = settings.grid
         levels, bits, saturated = ledger_add(
             task_vector, ledger["total"], ledger["count"], step=grid.step, bits=grid.bits, positive=ledger.get("positive")
@@ -79,6 +80,8 @@ class SharedTensors:
 def check_checkpoints(sources: Mapping[str, Checkpoint], base: Checkpoint, config: StoreConfig) -> None:
     """Check that each checkpoint has the tensors of the base, and differs from it in those alone that the store trains.
 
+    The others have the base's bits, once in its dtype, whatever that is.
+
     Raises: `UserError` naming checkpoint and tensor.
     """
     for source in sources.values():
@@ -91,7 +94,7 @@ def check_checkpoints(sources: Mapping[str, Checkpoint], base: Checkpoint, confi
     for name in sorted(base.tensors.keys() - config.tensors.keys()):
         frozen = base.tensor(name)
         for source in sources.values():
-            if not torch.equal(read_tensor(source.tensors[name]).to(frozen.dtype), frozen):
+            if not same_bits(read_tensor(source.tensors[name]).to(frozen.dtype), frozen):
                 raise UserError(
                     f"{source.path}: {name} differs from the base, but this store does not train it: init one that names it as trainable"
                 )

@@ -60,8 +60,8 @@ class MemoryLedger:
 
     def served(self, scale: str) -> "ServedLedger":
         """What the ledger serves, as it is now: q N / T ("mean", the paper), q N d / sum C ("density") or q N / C ("count")."""
-        factors = {"mean": 1 / len(self.tasks), "density": 1 / (len(self.tasks) * self.density), "count": None}
-        return ServedLedger(self, factors[scale])
+        share = self.density if scale == "density" else 1
+        return ServedLedger(self, None if scale == "count" else 1 / (len(self.tasks) * share))
 
     @property
     def density(self) -> float:

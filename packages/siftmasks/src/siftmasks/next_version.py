@@ -41,6 +41,7 @@ def next_version(path: Path) -> Iterator["NextVersion"]:
             yield version
             version.finish()
         check_cleared(path)
+        version.standing = Snapshot(path)
 
 
 class NextVersion:
@@ -48,6 +49,8 @@ class NextVersion:
 
     def __init__(self, old: Snapshot, folder: Path):
         self.old, self.config, self._folder = old, old.config, folder
+        self.standing = old
+        """The version in the store's place: `old`, and after `next_version` this one, whatever other processes have published since."""
         self._spool = folder.with_name(f"{folder.name}.spool")
         self._writers: dict[str, TaskWriter] = {}
         self._added: dict[str, Contribution] = {}
@@ -132,7 +135,7 @@ class NextVersion:
                 carried += [ledger_file(part, group) for part in self.config.parts]
                 counts[str(group)] = self.old.manifest.counts[str(group)]
         for file in (*carried, *uncounted):
-            link(self.old.path / file, self._folder / file)
+            link(self.old.path / file, self._folder / file)  # unread: a damaged one still fails its digest when it is used
         files |= {file: self.old.manifest.files[file] for file in carried}
         for task, writer in self._writers.items():
             files[mask_file(task)] = writer.bits_digest()

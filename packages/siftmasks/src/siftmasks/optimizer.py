@@ -109,6 +109,6 @@ def take_step(name: str, parameter: Tensor, state: dict[str, Any], options: Mapp
     sift_adam(
         parameter, state["base"], state["task_vector"], state["exp_avg"], state["exp_avg_sq"], parameter.grad,
         key=key(options["seed"], name) if options["project"] else None,
-        learning_rate=float(options["lr"]) or 5e-324,  # 0 in float32: a warm-up starts there, and the op wants more
+        learning_rate=float(options["lr"]),  # 0 where a warm-up starts
         beta1=options["betas"][0], beta2=options["betas"][1], eps=options["eps"], step=state["step"],
     )  # fmt: skip

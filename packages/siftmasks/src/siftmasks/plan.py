@@ -275,7 +275,7 @@ def as_text(size: int) -> str:
     """
     number, unit = float(size), "bytes"
     for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if number < 1000:
+        if number < 999.5:  # what three digits round to 1000
             break
         number, unit = number / 1000, larger
     return f"{number:.3g} {unit}"

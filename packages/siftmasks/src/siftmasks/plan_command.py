@@ -47,6 +47,12 @@ class Plan(Command):
 
         if (self.parameters is None) == (self.base is None):
             raise UserError("plan takes either --parameters or --base")
+        if self.parameters is not None and not 1e3 <= self.parameters <= 1e15:
+            raise UserError(f"--parameters {self.parameters:g}: expected the weights of a model, from 1e3 to 1e15")
+        for name in ("lora_rank", "hidden_size"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 1_000_000:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 to 1,000,000")
         if self.base is not None:
             from siftmasks.base_model import open_base
             from siftmasks.settings import SiftSettings

@@ -134,10 +134,13 @@ class _Publisher:
         self._publish()
 
     def _publish(self) -> None:
-        vectors, self._waiting = self._waiting, {}
-        began = time.monotonic()
+        """Add what waits and is not there yet: a publish that was interrupted is tried again at the end, and may have succeeded."""
+        began, there = time.monotonic(), {*self._store.tasks} if self._waiting else set()
+        vectors = {task: vector for task, vector in self._waiting.items() if task not in there}
+        self.published |= {task: self._waiting[task].saturated for task in there & self._waiting.keys()}
         if vectors:
             self.published |= self._store._add(vectors.items())
+        self._waiting.clear()
         self._last = time.monotonic()
         self._patience = max(self._seconds, 10 * (self._last - began))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from lmcore.random import key
+from siftmasks.base_model import same_bits
 from siftmasks.config import StoreConfig
 from siftmasks.ops.apply_mask import apply_mask
 from siftmasks.served import Scale, scale_factor
@@ -178,7 +179,7 @@ def base_parameters(model: nn.Module, base: Checkpoint, config: StoreConfig) -> 
             raise UserError(f"{name} of the model is on no device: load it without offloading")
         if tensor.shape != shape:
             raise UserError(f"{name} of the model has the shape {[*tensor.shape]}, that of the base {[*shape]}: {load_it}")
-        if not _same_bits(tensor, base.tensor(name).to(tensor.device, tensor.dtype)):
+        if not same_bits(tensor, base.tensor(name).to(tensor.device, tensor.dtype)):
             raise UserError(f"{name} of the model is not that of the base: {load_it}")
     return {name: state[name] for name in config.tensors}
 
@@ -208,11 +209,3 @@ def _snapshot_with(store: Store, task: str | None) -> Snapshot:
 def _write(parameter: nn.Parameter, weight: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(weight)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    integers = _INTEGERS[one.element_size()]
-    return torch.equal(one.reshape(-1).view(integers), other.reshape(-1).view(integers))
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -37,7 +37,7 @@ class SiftSettings:
     mode: Literal["sift", "signs"] = "sift"
     """sift: the paper's sign constraint. signs: no constraint, each task keeps its own signs."""
     density: float | None = None
-    """Share of each tensor that stays: its largest magnitudes; None keeps all."""
+    """Share of each tensor that stays: its largest magnitudes; None keeps all. Only for mode "sift", which has masks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights in the forward and backward pass; the task vector is float32 in any case."""
     threads: int = 1
@@ -60,8 +60,12 @@ class SiftSettings:
         self._require("seed", 0 <= self.seed < 2**64, "must be in [0, 2^64)")
         self._require("mode", self.mode in ("sift", "signs"), 'must be "sift" or "signs"')
         self._require("density", self.density is None or 0 < self.density <= 1, "must be in (0, 1]")
+        masked = self.density is None or self.mode != "signs"
+        self._require(
+            "density", masked, 'must be None in mode "signs", which has no mask: what is left out would be served as -N'
+        )
         self._require("dtype", self.dtype in ("float32", "bfloat16"), 'must be "float32" or "bfloat16"')
-        self._require("threads", self.threads >= 1, "must be at least 1")
+        self._require("threads", 1 <= self.threads <= 256, "must be from 1 to 256")
         self._require("max_length", self.max_length >= 2, "must be at least 2")
 
     @property

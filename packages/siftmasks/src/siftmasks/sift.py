@@ -56,6 +56,30 @@ def sift(
     >>> vector.levels["weight"].shape, vector.saturated
     (torch.Size([1, 2]), 0)
     """
+    vector = _quantise(
+        train(model, examples, settings, task=task, loss=loss, trainable=trainable, base=base, progress=progress), settings
+    )
+    if vector.saturated:
+        warnings.warn(
+            f"task {task!r}: {vector.saturated} of {vector.size} coordinates moved beyond the grid and were cut to its largest level; "
+            f"a store with headroom above {settings.headroom} has room for them",
+            stacklevel=2,
+        )
+    return vector
+
+
+def train(
+    model: nn.Module,
+    examples: Sequence[Example],
+    settings: SiftSettings,
+    *,
+    task: str,
+    loss: Callable[[nn.Module, list[Example]], Tensor],
+    trainable: Sequence[str] | None = None,
+    base: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Do as `sift` up to the quantisation: return the task vector in float32, by name, on the model's device."""
     names = trainable_names(model, settings.freeze) if trainable is None else list(trainable)
     if not names:
         raise UserError("the model has no parameter to train: all are embeddings, head or frozen")
@@ -80,14 +104,7 @@ def sift(
         for name, state in states.items():
             if not state["exp_avg"].isfinite().all():  # it never forgets a NaN or an infinity
                 raise UserError(f"task {task!r}: the gradient of {name} was NaN or infinite: {_CHECK}")
-        vector = _quantise({name: state["task_vector"] for name, state in states.items()}, settings)
-    if vector.saturated:
-        warnings.warn(
-            f"task {task!r}: {vector.saturated} of {vector.size} coordinates moved beyond the grid and were cut to its largest level; "
-            f"a store with headroom above {settings.headroom} has room for them",
-            stacklevel=2,
-        )
-    return vector
+        return {name: state["task_vector"] for name, state in states.items()}
 
 
 def prune(task_vector: Tensor, density: float) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
-from siftmasks.canonical import file_sha256, from_json, quoted, to_json, unquoted
+from siftmasks.canonical import file_sha256, quoted, read_json, to_json, unquoted
 from siftmasks.commitments import Commitment
 from siftmasks.config import StoreConfig
 
@@ -52,7 +52,8 @@ class Snapshot:
     """The version of the store at `path` that stood when this was made.
 
     A file is hashed when it is first read, and what does not match the manifest is not used: damage cannot get into a served model or
-    into the next version, nor can a version that another process publishes meanwhile be mixed with this one.
+    into a sum, nor can a version that another process publishes meanwhile be mixed with this one. The next version links the files that
+    stay as they are, and keeps their digests, without reading them: damage to one goes along, to be found when it is read, or by `check`.
     Raises: `UserError` that names the file that is missing or damaged.
     """
 
@@ -60,13 +61,13 @@ class Snapshot:
         if not (path / MANIFEST).is_file():
             fault = f"has no {MANIFEST}" if path.is_dir() else "does not exist"
             raise UserError(f"{path} is not a store: it {fault}")
-        fields = from_json(path / MANIFEST)
+        fields, data = read_json(path / MANIFEST)
         try:
             self.manifest = Manifest(dict(fields["files"]), int(fields["tasks"]), dict(fields["counts"]))
             self.tasks = self.manifest.names
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path / MANIFEST} is damaged: {type(error).__name__} {error}") from None
-        if len(self.tasks) != self.manifest.tasks or (path / MANIFEST).read_bytes() != self.manifest.to_bytes():
+        if len(self.tasks) != self.manifest.tasks or data != self.manifest.to_bytes():
             raise UserError(f"{path / MANIFEST} is damaged: it is not as siftmasks writes it")
         self.path = path
         self.config = StoreConfig.read(self.file("config.json"))

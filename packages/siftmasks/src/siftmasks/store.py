@@ -12,7 +12,7 @@ from lmcore.record import published
 from siftmasks.canonical import from_json, room_for, to_json, write_hashed
 from siftmasks.certificate import check_place, write_certificate
 from siftmasks.config import Policy, StoreConfig
-from siftmasks.exclusive import clear, locked
+from siftmasks.exclusive import check_cleared, clear, locked
 from siftmasks.settings import SiftSettings
 from siftmasks.snapshot import BASE, MANIFEST, Manifest, Snapshot
 
@@ -190,8 +190,8 @@ class Store:
 
         named = _named(tasks)
         place = self._place(certificate)
-        methods = forget(self.path, named, self._training(examples or {}, model, loss))
-        return self._certify(place, methods, note)
+        version, methods = forget(self.path, named, self._training(examples or {}, model, loss))
+        return self._certify(place, version, methods, note)
 
     def forget_without(
         self, task: str, example_ids: Collection[str], examples: "Sequence[Any]", *, model: "torch.nn.Module", loss: "Loss",
@@ -201,8 +201,8 @@ class Store:
         from siftmasks.forgetting import forget_examples
 
         place = self._place(certificate)
-        methods = forget_examples(self.path, task, example_ids, self._training({task: examples}, model, loss))
-        return self._certify(place, methods, note)
+        version, methods = forget_examples(self.path, task, example_ids, self._training({task: examples}, model, loss))
+        return self._certify(place, version, methods, note)
 
     def rebuild(
         self, forgetting: Collection[str], examples: "Examples", *, model: "torch.nn.Module | None" = None,
@@ -217,16 +217,24 @@ class Store:
 
         named = _named(forgetting)
         place = self._place(certificate)
-        methods = rebuild(self.path, named, self._training(examples, model, loss))
-        return self._certify(place, methods, note)
+        version, methods = rebuild(self.path, named, self._training(examples, model, loss))
+        return self._certify(place, version, methods, note)
 
     def remaining(self, forgetting: Collection[str]) -> list[str]:
         """The tasks whose data `rebuild` takes: the others in the ledgers that hold these."""
         return self.snapshot().remaining(_named(forgetting))
 
     def certify(self, certificate: Source, *, note: str | None = None) -> "dict[str, Any] | None":
-        """Write the certificate of the store as it is: what a `forget` that was killed after its last step left undone."""
-        return self._certify(self._place(certificate), {"none"}, note)
+        """Write the certificate of the store as it is: what a `forget` that was killed after its last step left undone.
+
+        Clears what killed writers left and hashes every file first, and holds the store's lock meanwhile.
+        Raises: `UserError`, without a certificate, as `check`, and if another process writes or something of a killed writer is left.
+        """
+        place = self._place(certificate)
+        with locked(self.path):
+            check_cleared(self.path)
+            self.check()
+            return self._certify(place, self.snapshot(), {"none"}, note)
 
     def verify(
         self, examples: "Examples", *, model: "torch.nn.Module | None" = None, loss: "Loss | None" = None,
@@ -292,8 +300,9 @@ class Store:
         check_place(place, self.path)
         return place
 
-    def _certify(self, place: Path | None, methods: set[str], note: str | None) -> "dict[str, Any] | None":
-        return None if place is None else write_certificate(place, self.snapshot(), methods, note)
+    @staticmethod
+    def _certify(place: Path | None, version: Snapshot, methods: set[str], note: str | None) -> "dict[str, Any] | None":
+        return None if place is None else write_certificate(place, version, methods, note)
 
 
 def _named(tasks: Collection[str]) -> list[str]:

@@ -101,7 +101,7 @@ class Init(Command):
     headroom: float = 2.0
     """Magnitudes up to headroom x learning rate x steps have room."""
     density: float | None = None
-    """Keep this share of each tensor, its largest magnitudes; by default all."""
+    """Keep this share of each tensor, its largest magnitudes; by default all (mode sift only)."""
     freeze: tuple[str, ...] = ()
     """Regular expressions: tensors whose name has a match are not trained, besides embeddings and head."""
     dtype: Literal["float32", "bfloat16"] = "float32"

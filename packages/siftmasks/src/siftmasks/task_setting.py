@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from siftmasks import baselines
 from siftmasks.baselines import Served, VectorsInMemory
-from siftmasks.determinism import deterministic
-from siftmasks.examples import Example, batches
-from siftmasks.optimizer import SiftAdam
+from siftmasks.examples import Example
 from siftmasks.settings import SiftSettings
-from siftmasks.trainable import task_weights
+from siftmasks.sift import train
 
 Tensors = dict[str, Tensor]
 
@@ -65,20 +63,7 @@ class Setting:
 
 def fine_tune(setting: Setting, examples: Sequence[Example], task: str, settings: SiftSettings) -> Tensors:
     """Train from the base model; return the float32 task vector, which is what `sift` with these settings rounds to its grid."""
-    with (
-        deterministic(setting.model, seed=settings.task_seed(task), threads=settings.threads),
-        task_weights(setting.model, setting.trainable, torch.float32, None) as weights,
-    ):
-        optimizer = SiftAdam(
-            [(name, parameter) for name, (parameter, _) in weights.items()],
-            lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-            seed=settings.seed, project=settings.mode == "sift",
-        )  # fmt: skip
-        for batch in batches(examples, settings, task):
-            setting.loss(setting.model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return optimizer.task_vectors()
+    return train(setting.model, examples, settings, task=task, loss=setting.loss, trainable=setting.trainable)
 
 
 def central(setting: Setting, tasks: Collection[str]) -> baselines.Merged:

@@ -12,7 +12,8 @@ class TaskVector:
     `levels[name]` has the shape of the weight and the grid's `level_dtype`: n >= 0, for a magnitude of q n (q is the grid's step, in
     the weight's own unit). Where n > 0, the sign is that of the sign vector v (mode "sift", `signs` is None) or the task's own
     (mode "signs"): bit i of `signs[name]`, uint8 [ceil(size / 8)], is 1 where it is positive; bits are packed little-endian along the
-    flat index, unused ones 0. Names are those of the tensors in the base checkpoint. `saturated` counts coordinates beyond the grid.
+    flat index, unused ones 0. These bits are no mask: a coordinate with n = 0 is served the others' N, as +N or
+    -N by its bit. Names are those of the tensors in the base checkpoint. `saturated` counts coordinates beyond the grid.
     """
 
     levels: dict[str, Tensor]

@@ -28,8 +28,9 @@ def apply_mask(
         delta = magnitude             mode "signs" without bits, N being 2 `positive` - `total`: the maskless model
 
     N is `total`, C is `count`. `scale` is 1 / T for the mean over T tasks (the paper), or any other number; a count takes its place and
-    makes the mean one over the tasks that use a coordinate. Arithmetic is float32: N, `step scale` and every operation are rounded once,
-    from left to right, to the same bits by every back end. v is made of `key = lmcore.random.key(seed, name)` as in `siftmasks.signs`.
+    makes the mean one over the tasks that use a coordinate. In mode "signs" the bits are no mask: a coordinate the task did not move is
+    served the others' N, as +N or -N by its bit. Arithmetic is float32: N, `step scale` and every operation are rounded once, from left to
+    right, to the same bits by every back end. v is made of `key = lmcore.random.key(seed, name)` as in `siftmasks.signs`.
 
     Moves a base weight, a total, a bit and the result, and the count where there is one: 6 to 14 bytes per weight, the limit being memory
     bandwidth; fuses what takes unpacking, two or three products, a sum and a cast, each with a tensor in between. Touching the memory of a

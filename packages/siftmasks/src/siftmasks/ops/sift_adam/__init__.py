@@ -46,7 +46,7 @@ def sift_adam(
 
     Shapes: all equal, any rank. Dtypes: `weight` and `base` share float32, bfloat16 or float16; `grad` is any float, made float32 first.
     Raises: `ValueError` naming the tensor whose shape, dtype or device does not fit, or that would change in place but is not contiguous;
-    also for a `step` below 1, a beta outside [0, 1), or `eps` or `learning_rate` that are not positive and finite.
+    also for a `step` below 1, a beta outside [0, 1), an `eps` that is not positive or a negative `learning_rate`.
     Source: SIFT-Masks, Kuo et al. 2025, §3 (the projection follows each optimizer step, as in its text); Adam, Kingma and Ba 2015.
     """
     expect_in_place("weight", weight, weight, *FLOATS)
@@ -54,8 +54,12 @@ def sift_adam(
     expect("grad", grad, weight, *FLOATS, torch.float64)
     for name, tensor in {"task_vector": task_vector, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
         expect_in_place(name, tensor, weight, torch.float32)
-    if step < 1 or not (0 <= beta1 < 1 and 0 <= beta2 < 1) or not (0 < eps < float("inf") and 0 < learning_rate < float("inf")):
-        rule = "expected step >= 1, betas in [0, 1), eps and learning_rate positive and finite"
+    if (
+        step < 1
+        or not (0 <= beta1 < 1 and 0 <= beta2 < 1)
+        or not (0 < eps < float("inf") and 0 <= learning_rate < float("inf"))
+    ):
+        rule = "expected step >= 1, betas in [0, 1), eps positive, learning_rate not negative, both finite"
         raise ValueError(f"step {step}, betas {beta1} and {beta2}, eps {eps}, learning_rate {learning_rate}: {rule}")
     step_size, rescale = learning_rate / (1 - beta1**step), (1 - beta2**step) ** -0.5
     if grad.dtype == torch.float64:
