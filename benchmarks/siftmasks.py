@@ -154,7 +154,7 @@ def forget_one_of_64() -> dict[str, Any]:
         weights = sum(tensor.numel() for tensor in trainee.model.parameters())
         torch.set_num_threads(settings.threads)
         model, loss = trainee.model, trainee.loss
-        trained = [weight for name, weight in model.named_parameters() if name in store.config.trainable]
+        trained = [weight for name, weight in model.named_parameters() if name in store.config.tensors]
         model.train()
 
         def central() -> None:
