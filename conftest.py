@@ -1,6 +1,7 @@
 """What every test of the workspace runs under: the Triton interpreter without a GPU, and shapes checked at each call."""
 
 import os
+import signal
 import sys
 import tempfile
 import types
@@ -17,6 +18,8 @@ if not Path("/dev/nvidiactl").exists():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, which tests send
 
 ROOT = Path(__file__).parent
 
