@@ -2,8 +2,8 @@
 
 How `.ci/run` (tests, then wheels) scales, on 2 cores: the environment, lint and types are paid once (about 3 minutes on a new machine, most
 of it installing torch), and so are the imports of torch and transformers, since all members' tests run in one process. A member may
-spend 100 seconds on its tests, on average (the first three take 320 together; the slowest are printed at the end) and takes about 5 seconds in `wheels`, whose environment takes another
-minute. Eleven members: 3 + 11 * 1.75 + 1, about 23 minutes, under the bound of 25.
+spend 100 seconds on its tests, on average (the first three take 320 together; the slowest are printed at the end), and takes about 5
+seconds in `wheels`, whose environment takes another minute. Eleven members: 3 + 11 * 1.75 + 1, about 23 minutes, under the bound of 25.
 """
 
 import time
