@@ -27,7 +27,7 @@ from siftmasks.task_vector import TaskVector
 from .conftest import contents, few, random_vector
 
 
-def refused(store: Store, message: str, change, *arguments, **named) -> None:
+def assert_refused(store: Store, message: str, change, *arguments, **named) -> None:
     """`change` raises a `UserError` with `message`, and not a byte of the store, nor a file beside it, is another."""
     before, beside = contents(store.path), {path.name for path in store.path.parent.iterdir()} | {f".{store.path.name}.lock"}
     with pytest.raises(UserError, match=message):
@@ -101,21 +101,21 @@ def test_names_of_tasks_are_any_text_but_never_a_path(small):
 )
 def test_names_that_no_file_can_have_are_refused(small, task, message):
     store = small.store("store", "A")
-    refused(store, message, store._add, [(task, random_vector(store.config, 1))])
+    assert_refused(store, message, store._add, [(task, random_vector(store.config, 1))])
 
 
 def test_a_task_is_learned_once(small, monkeypatch):
     store = small.store("store", "A")
     how = small.train_at_random(monkeypatch, store.config)
     monkeypatch.setattr("siftmasks.training.sift", None)  # refused before anything is trained
-    refused(store, "'A' is in .* already: forget it first", store.learn, "A", few("A")["A"], **how)
+    assert_refused(store, "'A' is in .* already: forget it first", store.learn, "A", few("A")["A"], **how)
     vector = random_vector(store.config, 1)
-    refused(store, "'B' is in .* already", store._add, [("B", vector), ("B", vector)])
+    assert_refused(store, "'B' is in .* already", store._add, [("B", vector), ("B", vector)])
 
 
 def test_no_more_than_max_tasks_are_learned(small):
     store = small.store("store", "AB", max_tasks=2)
-    refused(store, r"at most 2 tasks \(max_tasks\)", store._add, [("C", random_vector(store.config, 1))])
+    assert_refused(store, r"at most 2 tasks \(max_tasks\)", store._add, [("C", random_vector(store.config, 1))])
     largest = {name: torch.full(shape, 255, dtype=torch.uint8) for name, (_, shape) in store.config.tensors.items()}
     full = small.store("full", max_tasks=2)
     full._add((task, TaskVector(largest, None, 0)) for task in "AB")
@@ -136,31 +136,31 @@ def test_levels_beyond_the_grid_never_enter_the_ledger(small):
 def test_unknown_tasks_are_named(small, monkeypatch):
     store = small.store("store", "AB")
     how = small.train_at_random(monkeypatch, store.config)
-    refused(store, "task 'C' is not in .*, which has 2 others", store.forget, ["A", "C"])
-    refused(store, "task 'C' is not in", store.rebuild, ["C"], {})
-    refused(store, "task 'C' is not in", store.forget_without, "C", ["only"], few("C")["C"] * 2, **how)
-    refused(store, "task 'C' is not in", store.weights, "C")
-    refused(store, "no task is named", store.forget, [])
+    assert_refused(store, "task 'C' is not in .*, which has 2 others", store.forget, ["A", "C"])
+    assert_refused(store, "task 'C' is not in", store.rebuild, ["C"], {})
+    assert_refused(store, "task 'C' is not in", store.forget_without, "C", ["only"], few("C")["C"] * 2, **how)
+    assert_refused(store, "task 'C' is not in", store.weights, "C")
+    assert_refused(store, "no task is named", store.forget, [])
 
 
 def test_data_are_needed_to_train(small, monkeypatch):
     store = small.store("store", "AB", policy="rederive")
     how = small.train_at_random(monkeypatch, store.config)
-    refused(store, "task 'C' has no examples", store.learn, "C", [], **how)
-    refused(store, "task 'B' has no examples", store.forget, ["A", "B"], few("A"), **how)
-    refused(store, "model and loss are needed", store.forget, ["A"], few("A"))
-    refused(store, "task 'B' has no examples", store.rebuild, ["A"], {}, **how)
-    refused(store, "'B' is missing from the data", store.verify, few("A"), **how)
-    refused(store, "'C' is not in the store", store.verify, few("ABC"), **how)
+    assert_refused(store, "task 'C' has no examples", store.learn, "C", [], **how)
+    assert_refused(store, "task 'B' has no examples", store.forget, ["A", "B"], few("A"), **how)
+    assert_refused(store, "model and loss are needed", store.forget, ["A"], few("A"))
+    assert_refused(store, "task 'B' has no examples", store.rebuild, ["A"], {}, **how)
+    assert_refused(store, "'B' is missing from the data", store.verify, few("A"), **how)
+    assert_refused(store, "'C' is not in the store", store.verify, few("ABC"), **how)
 
 
 def test_examples_to_forget_are_named_and_some_remain(small, monkeypatch):
     store = small.store(policy="rederive")
     how = small.train_at_random(monkeypatch, store.config)
     store.learn("A", few("A")["A"], **how)
-    refused(store, "no example 'other'", store.forget_without, "A", ["other"], few("A")["A"], **how)
-    refused(store, "0 of 1 examples .* forget the task", store.forget_without, "A", ["only"], few("A")["A"], **how)
-    refused(store, "1 of 1 examples", store.forget_without, "A", [], few("A")["A"], **how)
+    assert_refused(store, "no example 'other'", store.forget_without, "A", ["other"], few("A")["A"], **how)
+    assert_refused(store, "0 of 1 examples .* forget the task", store.forget_without, "A", ["only"], few("A")["A"], **how)
+    assert_refused(store, "1 of 1 examples", store.forget_without, "A", [], few("A")["A"], **how)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(trained, tmp_path):
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(trained, tmp_path):
     def loss(model, examples):
         return trained.loss(model, examples) * float("nan" if examples[0].id.startswith("C") else 1)
 
-    refused(store, "the loss is nan", store.learn_many, trained.data("BC"), model=trained.model, loss=loss)
+    assert_refused(store, "the loss is nan", store.learn_many, trained.data("BC"), model=trained.model, loss=loss)
 
 
 def test_the_model_must_be_the_base(trained, tmp_path):
@@ -178,7 +178,7 @@ def test_the_model_must_be_the_base(trained, tmp_path):
     moved = copy.deepcopy(trained.model)
     with torch.no_grad():
         moved.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    refused(
+    assert_refused(
         store,
         "mlp.up_proj.weight of the model is not that of the base",
         store.learn,
@@ -188,7 +188,7 @@ def test_the_model_must_be_the_base(trained, tmp_path):
         loss=trained.loss,
     )
     other = torch.nn.Linear(2, 2)
-    refused(
+    assert_refused(
         store,
         "model has weight, which the base .* lacks",
         store.learn,
@@ -214,13 +214,13 @@ def test_another_base_is_refused_and_a_moved_one_is_given(small, tmp_path):
     store = small.store("store", "A")
     weights = load_file(small.base)
     small.base.rename(tmp_path / "moved.safetensors")
-    refused(Store.open(store.path), "cannot be read .*open the store with base=", store.weights, "A")
+    assert_refused(Store.open(store.path), "cannot be read .*open the store with base=", store.weights, "A")
     served = dict(Store.open(store.path, base=tmp_path / "moved.safetensors").weights("A"))
     assert served.keys() == {"a", "b"}
     save_file(weights | {"frozen": weights["frozen"] + 1}, tmp_path / "other.safetensors")
     other = Store.open(store.path, base=tmp_path / "other.safetensors")
-    refused(other, "is not the base of", other.weights, "A")
-    refused(other, "is not the base of", other.learn_from, "B", tmp_path / "moved.safetensors")
+    assert_refused(other, "is not the base of", other.weights, "A")
+    assert_refused(other, "is not the base of", other.learn_from, "B", tmp_path / "moved.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_embeddings_and_head_are_left_out_by_default(trained, tmp_path):
 
 def test_a_store_is_not_made_over_anything(small):
     store = small.store("store", "A")
-    refused(store, "exists: choose another folder", small.store, "store")
+    assert_refused(store, "exists: choose another folder", small.store, "store")
     (small.folder / "file").write_text("")
     with pytest.raises(UserError, match="exists"):
         small.store("file")
@@ -279,8 +279,8 @@ def test_a_newer_format_is_named(small):
 def test_a_second_writer_is_sent_away_at_once(small):
     store = small.store("store", "A")
     with locked(store.path):
-        refused(store, "another process is writing to", store.forget, "A")
-        refused(store, "another process is writing to", store.verify, few("A"))
+        assert_refused(store, "another process is writing to", store.forget, "A")
+        assert_refused(store, "another process is writing to", store.verify, few("A"))
         assert Store.open(store.path).tasks == ["A"], "readers go on"
     store.forget("A")
 
@@ -318,19 +318,19 @@ def test_checkpoints_need_the_archive_and_must_be_fine_tunes(small, tmp_path):
         return path
 
     rederive = small.store("rederive", policy="rederive")
-    refused(rederive, "needs the policy archive", rederive.learn_from, "A", source())
+    assert_refused(rederive, "needs the policy archive", rederive.learn_from, "A", source())
     store = small.store()
-    refused(
+    assert_refused(
         store,
         "frozen differs from the base, but this store does not train it",
         store.learn_from,
         "A",
         source(frozen=base["frozen"] + 1),
     )
-    refused(store, r"a has the shape None, in the base \(5, 7\)", store.learn_from, "A", source(a=None))
-    refused(store, r"more has the shape \(1,\), in the base None", store.learn_from, "A", source(more=torch.zeros(1)))
-    refused(store, "b has NaN or infinity", store.learn_from, "A", source(b=base["b"] * float("nan")))
-    refused(store, "does not exist", store.learn_from, "A", tmp_path / "missing")
+    assert_refused(store, r"a has the shape None, in the base \(5, 7\)", store.learn_from, "A", source(a=None))
+    assert_refused(store, r"more has the shape \(1,\), in the base None", store.learn_from, "A", source(more=torch.zeros(1)))
+    assert_refused(store, "b has NaN or infinity", store.learn_from, "A", source(b=base["b"] * float("nan")))
+    assert_refused(store, "does not exist", store.learn_from, "A", tmp_path / "missing")
     report = store.learn_from("A", source(a=base["a"] + 100))
     assert report.saturated > 0
     assert store.learn_from("same", source()).lost == 0
@@ -380,7 +380,7 @@ def test_what_is_not_trained_may_have_any_dtype(small, tmp_path):
     for name in ("whole", "yes", "eighth"):
         other = odd[name].flip(0) if name != "eighth" else torch.tensor([1.0, -3.0]).to(torch.float8_e4m3fn)
         save_file(base | odd | {name: other}, tmp_path / "other.safetensors")
-        refused(store, f"{name} differs from the base", store.learn_from, "B", tmp_path / "other.safetensors")
+        assert_refused(store, f"{name} differs from the base", store.learn_from, "B", tmp_path / "other.safetensors")
 
 
 def test_backup_and_restore(small):
@@ -394,8 +394,8 @@ def test_backup_and_restore(small):
     restored.forget("A")
     assert restored.digest() == store.digest() != digest
     assert (small.folder / "backup/masks/A.safetensors").exists(), "a backup has bytes of its own"
-    refused(store, "exists", store.backup, small.folder / "backup")
-    refused(store, "lies inside", store.backup, store.path / "backup")
+    assert_refused(store, "exists", store.backup, small.folder / "backup")
+    assert_refused(store, "lies inside", store.backup, store.path / "backup")
     (small.folder / "backup/masks/B.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"backup is damaged, .*masks/B.safetensors is damaged"):
         Store.restore(small.folder / "backup", small.folder / "second")
