@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, shards_like
+from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, copy_model_files, shards_like
 from lmcore.errors import UserError
 from lmcore.record import published
 
@@ -83,6 +83,49 @@ def test_single_file_and_index_file_open(sharded, tmp_path):
         assert "steps" in checkpoint.tensors
     with Checkpoint.open(sharded / "model-extra.safetensors") as checkpoint:
         assert set(checkpoint.tensors) == {"steps", LONG_NAME, "empty"}
+
+
+@pytest.fixture
+def model(sharded) -> Path:
+    """A model folder with what may stand in one beside the weights."""
+    kept = ("tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja", "qwen.tiktoken", "modeling.py")
+    for name in (*kept, "trainer_state.json", "adapter_config.json", "recipe.json", "README.md", "training_args.bin"):
+        (sharded / name).write_text(name)
+    (sharded / "checkpoint.json").mkdir()
+    return sharded
+
+
+@pytest.mark.parametrize("source", [".", "model.safetensors.index.json"])
+def test_model_files_are_copied_without_weights_and_what_tells_of_others(source, model, tmp_path):
+    (tmp_path / "out").mkdir()
+    with Checkpoint.open(model / source) as checkpoint:
+        copy_model_files(checkpoint, tmp_path / "out", leave=["recipe.json"])
+    kept = {"config.json", "generation_config.json", "tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == kept | {"qwen.tiktoken", "modeling.py"}
+    assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
+
+
+def test_a_dtype_takes_the_place_of_that_in_the_config(model, tmp_path):
+    config = json.loads((model / "config.json").read_text()) | {"torch_dtype": "bfloat16", "limit": float("inf")}
+    (model / "config.json").write_text(json.dumps(config))
+    with Checkpoint.open(model) as checkpoint:
+        copy_model_files(checkpoint, tmp_path, "float16")
+        found = json.loads((tmp_path / "config.json").read_text())
+        assert found == {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": "float16"}
+        for text in ("{", "[]", "3"):
+            (model / "config.json").write_text(text)
+            with pytest.raises(UserError, match=r"sharded: config\.json cannot be read"):
+                copy_model_files(checkpoint, tmp_path, "float16")
+
+
+def test_a_loose_file_brings_model_files_only_if_it_is_named_as_part_of_a_model(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    for name, brought in (("vectors.safetensors", []), ("model.safetensors", ["config.json"])):
+        save_file({"weight": torch.zeros(2)}, tmp_path / name)
+        with Checkpoint.open(tmp_path / name) as checkpoint:
+            copy_model_files(checkpoint, tmp_path / "out")
+        assert os.listdir(tmp_path / "out") == brought
 
 
 def write_raw(path: Path, header: str, data: bytes) -> Path:

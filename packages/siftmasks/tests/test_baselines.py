@@ -5,11 +5,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from lmcore.errors import UserError
 from siftmasks import baselines
-from siftmasks.baselines import CheckpointVectors, VectorsInMemory
+from siftmasks.baselines import VectorsInMemory
 from siftmasks.baselines.vectors import magnitude_threshold
 
 SHAPES = {"w": (7, 9), "b": (5,), "scalar": ()}
@@ -232,34 +230,3 @@ def test_memory_does_not_grow_with_the_number_of_tasks(method):
     assert peaks[0] == peaks[1]
     assert peaks[1][0] <= 2
     assert peaks[1][1] == 0
-
-
-@pytest.fixture
-def checkpoints(tmp_path):
-    def save(name, tensors):
-        (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / "model.safetensors")
-        return tmp_path / name
-
-    generator = torch.Generator().manual_seed(2)
-    base = {"w": torch.randn(4, 3, generator=generator).bfloat16(), "positions": torch.arange(3)}
-    tuned = {task: {**base, "w": torch.randn(4, 3, generator=generator).bfloat16()} for task in "ab"}
-    return save, base, tuned
-
-
-def test_checkpoints_minus_their_base_are_task_vectors(checkpoints):
-    save, base, tuned = checkpoints
-    folders = {task: save(task, tensors) for task, tensors in tuned.items()}
-    vectors = CheckpointVectors(save("base", base), folders)
-    assert (vectors.tasks, vectors.names) == (["a", "b"], ["w"])
-    for task in "ab":
-        assert torch.equal(vectors.read(task, "w"), tuned[task]["w"].float() - base["w"].float())
-    in_memory = VectorsInMemory({task: {"w": vectors.read(task, "w")} for task in "ab"})
-    assert torch.equal(baselines.emr(vectors).vector("a", "w"), baselines.emr(in_memory).vector("a", "w"))
-
-
-@pytest.mark.parametrize("other", [{"v": torch.ones(4, 3)}, {"w": torch.ones(3, 4)}], ids=["missing", "shape"])
-def test_checkpoint_unlike_the_base_is_named(checkpoints, other):
-    save, base, _ = checkpoints
-    with pytest.raises(UserError, match=r"odd: tensor w has shape \[4, 3\]"):
-        CheckpointVectors(save("base", base), {"odd": save("odd", other)})

@@ -1,6 +1,8 @@
 """The certificate says what the store is now, and not a bit about what was forgotten."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -74,6 +76,21 @@ def test_a_certificate_never_replaces_a_file(small):
         with pytest.raises(UserError, match=r"alice\.jsonl exists"):
             write()
     assert (store.tasks, data.read_text()) == (["A", "B"], "{}")
+
+
+def test_a_certificate_that_cannot_be_written_is_left_for_later(small, monkeypatch):
+    store, place = small.store("store", "AB"), small.folder / "certificate.json"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as changed, pytest.raises(UserError) as error:
+        changed.setattr("siftmasks.certificate.write_json", full)
+        store.forget("A", certificate=place)
+    assert "store is complete, but " in str(error.value)
+    assert "could not be written (No space left on device): run `siftmasks certify` for it" in str(error.value)
+    assert (store.tasks, place.exists()) == (["B"], False)
+    assert store.certify(place)["digest"] == small.store("other", "B").digest()
 
 
 def test_there_is_no_certificate_while_the_old_version_is_still_there(small, monkeypatch):

@@ -1,6 +1,9 @@
 """The real command line, from making a store to its report, and what it says about everything that can go wrong."""
 
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 import types
@@ -174,6 +177,9 @@ def test_backup_and_restore(siftmasks, store, data, tmp_path):
     assert (restored["digest"], restored["tasks"]) == (whole["digest"], 3)
     assert siftmasks.result("check", tmp_path / "restored")["sound"]
     assert "exists" in siftmasks.refused("restore", tmp_path / "backup", store)
+    for no_backup, fault in ((data, "has no manifest.json"), (tmp_path / "nowhere", "does not exist")):
+        assert siftmasks.refused("restore", no_backup, tmp_path / "x") == f"siftmasks: {no_backup} is not a store: it {fault}"
+    assert not (tmp_path / "x").exists()
 
 
 def test_export_writes_what_the_store_serves(siftmasks, store, tmp_path):
@@ -220,6 +226,21 @@ def test_evaluate_agrees_with_an_exported_model(siftmasks, store, data, base, tm
     siftmasks.result("init", tmp_path / "over", "--base", tmp_path / "bob", *QUICK)
     alone = siftmasks.result("evaluate", tmp_path / "over", "--data", data, "--tasks", "bob")
     assert alone["tasks"][0]["base"] == result["tasks"][0]["served"]["count"]
+
+
+def test_labels_to_choose_among_are_those_of_the_data(siftmasks, store, data, tmp_path, monkeypatch):
+    """Digits of the command line are the numbers of the data; what cannot be is said before the model is loaded."""
+    chance = write_jsonl(tmp_path / "bob.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 2}])
+    options = ["evaluate", store, "--data", chance, "--tasks", "bob", "--labels"]
+    given = siftmasks.result(*options, 1, 2, 3)["tasks"][0]["base"]
+    words = write_jsonl(tmp_path / "words.jsonl", [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}])
+    options[3] = words
+    assert siftmasks.result(*options, 1, 2, 3)["tasks"][0]["base"] == given
+    monkeypatch.setattr("siftmasks.models.load_trainee", None)
+    assert "label '2' is not among --labels 1 3" in siftmasks.refused(*options, 1, 3)
+    options[3] = data
+    error = siftmasks.refused(*options, "a")
+    assert "--labels is for data of text and label; those of task 'bob' have prompt and completion: leave it out" in error
 
 
 @pytest.mark.parametrize("mode", ["sift", "signs"])
@@ -270,6 +291,59 @@ def test_headline_hands_its_options_on(siftmasks, monkeypatch, tmp_path):
 # What can go wrong.
 
 
+@pytest.mark.parametrize(
+    ("command", "help"),
+    [
+        *((name, "Changes nothing: all that is random") for name in ("learn", "learn-all", "forget", "digest", "tasks", "export")),
+        *((name, "Changes nothing: all that is random") for name in ("check", "verify", "certify", "backup", "evaluate")),
+        *((name, "Changes nothing: nothing here is random") for name in ("restore", "plan")),
+        ("init", "Seed of the sign vector"), ("report", "Chooses the tasks to compare"), ("headline", "Seed of everything random"),
+    ],
+)  # fmt: skip
+def test_help_tells_what_the_seed_changes(siftmasks, command, help):
+    code, out, _ = siftmasks(command, "--help")
+    assert code == 0
+    assert help in " ".join(out.replace("│", " ").split())
+
+
+def test_a_seed_that_is_not_the_stores_is_not_passed_over_in_silence(siftmasks, init, data):
+    store = init("--seed", 5)
+    for given, warned in ((7, True), (5, False), (0, False)):
+        code, _, err = siftmasks("learn-all", store, "--data", data, "--seed", given)
+        assert code == 0
+        assert ("siftmasks: warning: --seed 7 changes nothing: `init` fixed the seed 5" in err) == warned
+
+
+def test_ids_that_are_more_than_one_line_are_printed_in_one(siftmasks, init, base, data, tmp_path):
+    store, strange = init("--policy", "archive"), "two\nlines \x1b[31m $x_$"
+    for task in (strange, '"quoted"', "ünï ✓"):
+        siftmasks.result("learn", store, task, "--from", base)
+    _, out, _ = siftmasks("tasks", store)
+    assert out.splitlines() == [r'"\"quoted\""', r'"two\nlines \u001b[31m $x_$"', "ünï ✓"]
+    assert siftmasks.result("tasks", store)["tasks"] == ['"quoted"', strange, "ünï ✓"]
+    siftmasks.result("report", store, "--out", tmp_path / "out")
+    assert r"two\nlines" in (tmp_path / "out" / "index.html").read_text()
+    rows = write_jsonl(tmp_path / "all.jsonl", [{"task": strange, **line} for line in lines("x")])
+    _, out, _ = siftmasks("evaluate", store, "--data", rows)
+    assert out.splitlines()[1].startswith(r'"two\nlines')
+
+
+def test_transformers_shows_no_bars_where_standard_error_is_no_terminal():
+    code = """
+import sys
+from siftmasks import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit:
+    from transformers.utils.logging import is_progress_bar_enabled
+    print(is_progress_bar_enabled())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    run = [sys.executable, "-c", code, "tasks", "nowhere"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "False\n"
+
+
 def test_missing_store_is_named(siftmasks, tmp_path, data):
     for command in (["digest"], ["tasks"], ["check"], ["learn-all", "--data", data], ["report", "--out", tmp_path / "x"]):
         assert "nowhere is not a store: it does not exist" in siftmasks.refused(command[0], tmp_path / "nowhere", *command[1:])
@@ -284,10 +358,18 @@ def test_unknown_task_is_named(siftmasks, store, data, tmp_path, unchanged):
     assert "no data of task 'zoe'" in siftmasks.refused("evaluate", store, "--data", data, "--tasks", "zoe")
 
 
-def test_a_task_is_learned_once(siftmasks, store, data, unchanged):
+def test_a_task_is_learned_once(siftmasks, store, data, unchanged, monkeypatch):
     unchanged(store)
-    assert "'bob' is in" in siftmasks.refused("learn", store, "bob", "--data", data)
     assert siftmasks.result("learn-all", store, "--data", data)["skipped"] == TASKS
+    monkeypatch.setattr("siftmasks.models.load_trainee", None)  # it is said before the model is loaded
+    assert "'bob' is in" in siftmasks.refused("learn", store, "bob", "--data", data)
+
+
+def test_a_store_without_room_says_so_before_a_model_is_loaded(siftmasks, init, data, unchanged, monkeypatch):
+    unchanged(store := init("--max-tasks", 3))
+    monkeypatch.setattr("siftmasks.models.load_trainee", None)
+    write_data(data, ["dave"])
+    assert "has 0 of at most 3 tasks, and 4 more are to be learned" in siftmasks.refused("learn-all", store, "--data", data)
 
 
 def test_another_base_is_refused(siftmasks, store, data, tmp_path, unchanged):
@@ -327,9 +409,36 @@ def test_damage_is_named_and_never_served(siftmasks, store, data, tmp_path, file
 def test_a_damaged_ledger_is_mended_by_a_rebuild(siftmasks, store, data):
     whole = siftmasks.result("digest", store)["digest"]
     (store / "ledger/total-0.safetensors").write_bytes(b"")
-    assert "damaged" in siftmasks.refused("forget", store, "bob", "--data", data)
-    siftmasks.result("forget", store, "bob", "--rebuild", "--data", data)
-    assert siftmasks.result("learn", store, "bob", "--data", data)["digest"] == whole
+    assert "`siftmasks forget --rebuild`" in siftmasks.refused("forget", store, "bob", "--data", data)
+    mended = siftmasks.result("forget", store, "--rebuild", "--data", data)
+    assert (mended["forgotten"], mended["tasks"], mended["digest"]) == (0, 3, whole)
+    assert siftmasks.result("check", store)["sound"]
+
+
+@pytest.mark.parametrize("room", [300, 3000])
+def test_a_full_disk_is_one_line_and_changes_nothing(siftmasks, store, data, tmp_path, room):
+    """A limit on the size of a file stands in for the end of the disk: a write gets EFBIG where it would get ENOSPC."""
+    write_data(data, ["dave"])
+    before, beside = contents(store), {path.name for path in tmp_path.iterdir()}
+    assert max(len(file) for file in before.values()) > 3000
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    commands = {
+        "learn": ["dave", "--data", data], "learn-all": ["--data", data],
+        "forget": ["bob", "--data", data, "--certificate", tmp_path / "proof.json"], "backup": ["--out", tmp_path / "backup"],
+    }  # fmt: skip
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))
+        said = {name: siftmasks.refused(name, store, *options) for name, options in commands.items()}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, handler)
+    for name, line in said.items():
+        assert "no room beside" in line, name
+        assert "it is unchanged" in line, name
+    assert contents(store) == before
+    assert {path.name for path in tmp_path.iterdir()} <= beside | {".backup.lock"}
+    assert siftmasks.result("learn", store, *commands["learn"])["tasks"] == 4
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmcore.errors import UserError
 from siftmasks.bits import unpack_bits
 from siftmasks.signs import sign_vector
 
@@ -167,6 +168,36 @@ def test_checkpoints_add_their_task_vectors_and_are_forgotten_exactly(small, tmp
     store.forget("B")
     never.learn_many_from({task: sources[task] for task in "CA"})
     assert same(store, never)
+
+
+@pytest.mark.parametrize("options", [{"mode": "sift"}, {"mode": "signs"}, {"density": 0.3}], ids=str)
+def test_threads_that_add_checkpoints_give_the_store_of_one(small, tmp_path, options):
+    base, tasks, usual = load_file(small.base), "ABCDEFGH", torch.get_num_threads()
+    torch.manual_seed(2)
+    for task in tasks:
+        tuned = {name: weight + 1e-3 * torch.randn(weight.shape).to(weight.dtype) for name, weight in base.items()}
+        save_file(tuned | {"frozen": base["frozen"]}, tmp_path / f"{task}.safetensors")
+    sources = {task: tmp_path / f"{task}.safetensors" for task in tasks}
+    stores, reports = [], []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            stores.append(small.store(f"threads-{threads}", **options))
+            reports.append(stores[-1].learn_many_from(sources))
+            assert stores[-1].verify({}, checkpoints=sources).equal
+    finally:
+        torch.set_num_threads(usual)
+    assert same(*stores)
+    assert reports[0] == reports[1]
+    for task in tasks:
+        name = f"archive/{task}.safetensors"
+        assert (stores[0].path / name).read_bytes() == (stores[1].path / name).read_bytes()
+    save_file(base | {"b": base["b"] * float("inf")}, sources["F"])
+    refused = small.store("refused", **options)
+    before = contents(refused.path)
+    with pytest.raises(UserError, match=r"F\.safetensors: b has NaN or infinity"):
+        refused.learn_many_from(sources)
+    assert contents(refused.path) == before
 
 
 def test_a_float_sum_is_not_exact_and_the_ledger_is(small):

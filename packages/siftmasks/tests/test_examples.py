@@ -33,6 +33,13 @@ def test_both_kinds_are_read_with_ids_of_the_user_or_of_the_content(tmp_path):
     assert read_examples(pair)[0].id != second.id
 
 
+def test_a_whole_number_is_an_id_by_its_digits(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "t", "label": 3, "id": 5}, {"text": "u", "label": 3, "id": -12})
+    assert [example.id for example in read_examples(path)] == ["5", "-12"]
+    with pytest.raises(UserError, match="line 2: the id '5' is that of line 1 already"):
+        read_examples(write(path, {"text": "t", "label": 3, "id": 5}, {"text": "u", "label": 3, "id": "5"}))
+
+
 def test_a_gzipped_file_reads_like_the_plain_one(tmp_path):
     plain = write(tmp_path / "a.jsonl", {"text": "t", "label": 3}, {"text": "u", "label": 3})
     packed = tmp_path / "packed"
@@ -64,7 +71,9 @@ def test_equal_contents_are_different_examples_wherever_they_stand(tmp_path):
         ('{"text": 3, "label": 1}', "text is 3, not a string"),
         ('{"text": "a", "label": true}', "label is True, not a string or a whole number"),
         ('{"text": "a", "label": ""}', "the label is empty"),
-        ('{"text": "a", "label": 1, "id": 7}', "id is '7', not a string"),
+        ('{"text": "a", "label": 1, "id": 7.5}', "id is 7.5, not a string with a character in it or a whole number"),
+        ('{"text": "a", "label": 1, "id": true}', "id is true, not a string"),
+        ('{"text": "a", "label": 1, "id": ""}', 'id is "", not a string'),
         ('{"text": "a", "label": 1, "id": "first"}', "the id 'first' is that of line 1 already"),
     ],
 )

@@ -1,6 +1,7 @@
 """The ledger adds integers: in any order, on every back end, and what is taken out leaves no trace."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numba
@@ -9,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmcore.random import key
 from siftmasks.bits import unpack_bits
-from siftmasks.ops.ledger_add import ledger_add, ledger_add_levels, ledger_subtract
+from siftmasks.ops.ledger_add import ledger_add, ledger_add_levels, ledger_subtract, quantize_difference
+from siftmasks.signs import sign_vector
 
 # The interpreter of Triton runs on NumPy, which tells of overflows.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -243,3 +246,89 @@ def test_levels_and_signs_that_do_not_fit_are_refused(change):
         change(levels, total, count, positive=positive)
     with pytest.raises(ValueError, match=r"signs is torch.uint8 \(1,\) on cpu: expected torch.uint8 \(2,\)"):
         change(levels, total, count, signs=signs[:1], positive=positive)
+
+
+def tuned(size, dtype, base_dtype):
+    """A base, and a fine-tune of it of which a part moved exactly half a level."""
+    generator = torch.Generator().manual_seed(size)
+    base = torch.randn(size, generator=generator).to(base_dtype)
+    return (base.float() + task_vector(size)).to(dtype), base
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+@pytest.mark.parametrize("words", [None, (7, 2**31)], ids=["signs", "sift"])
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize(
+    ("dtype", "base_dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("float32", None)]
+)
+@pytest.mark.parametrize("size", [0, 1, 63, 5001, 70_001])
+def test_the_difference_to_a_base_is_quantised_to_the_same_bits_by_all_back_ends(
+    size, dtype, base_dtype, bits, words, backend, monkeypatch
+):
+    weight, base = tuned(size, getattr(torch, dtype), getattr(torch, base_dtype or "float32"))
+    found = []
+    for name in ("reference", backend):
+        monkeypatch.setenv("LMCORE_BACKEND", name)
+        tensors = [tensor.to(DEVICE if name == "triton" else "cpu") for tensor in (weight, base)]
+        found.append(quantize_difference(tensors[0], tensors[1] if base_dtype else None, key=words, step=STEP, bits=bits))
+    assert same(found[1][:3], found[0][:3])
+    assert found[1][3:] == pytest.approx(found[0][3:], rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["sift", "signs"])
+def test_the_difference_is_what_ledger_add_makes_of_the_task_vector_along_the_sign_vector(mode):
+    weight, base = tuned(5001, torch.bfloat16, torch.bfloat16)
+    difference = weight.float() - base.float()
+    along = difference * (sign_vector(3, "w", [5001]) * difference > 0) if mode == "sift" else difference
+    books = ledger(5001)
+    levels, packed, saturated = add(along, books, signed=mode == "signs")
+    found = quantize_difference(weight, base, key=key(3, "w") if mode == "sift" else None, step=STEP, bits=8)
+    assert same(found[:3], (levels, packed, saturated))
+    assert found[3:] == pytest.approx([tensor.double().square().sum().item() for tensor in (difference, along)])
+    again = ledger(5001)
+    ledger_add_levels(found.levels, *again[:2], **({"signs": found.bits, "positive": again[2]} if mode == "signs" else {}))
+    assert same(again, books)
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba", "triton"])
+def test_a_difference_that_is_not_finite_is_refused_also_where_the_key_would_drop_it(backend, monkeypatch):
+    monkeypatch.setenv("LMCORE_BACKEND", backend)
+    largest = torch.finfo(torch.float32).max
+    weight, base = torch.tensor([float("nan"), float("inf"), -float("inf"), largest, 1.0]), torch.tensor([0, 0, 0, -largest, 0])
+    with pytest.raises(ValueError, match="weight - base holds 4 of 5 coordinates that are NaN or infinite"):
+        quantize_difference(weight, base, key=(0, 0), step=STEP, bits=8)
+
+
+def test_quantising_reads_any_strides_and_changes_nothing():
+    weight, base = (tensor.view(6, 8) for tensor in tuned(48, torch.float32, torch.float32))
+    before = weight.clone(), base.clone()
+    found = quantize_difference(weight.T, base.T, key=(1, 2), step=STEP, bits=8)
+    whole = quantize_difference(weight.T.contiguous(), base.T.contiguous(), key=(1, 2), step=STEP, bits=8)
+    assert same(found[:3], whole[:3])
+    quantize_difference(weight, None, key=(1, 2), step=STEP, bits=8)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(base, before[1])
+
+
+def test_threads_of_the_caller_get_the_same_bits():
+    weight, base = tuned(300_001, torch.bfloat16, torch.bfloat16)
+    alone = quantize_difference(weight, base, key=(1, 2), step=STEP, bits=8)
+    with ThreadPoolExecutor(3, initializer=numba.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(lambda _: quantize_difference(weight, base, key=(1, 2), step=STEP, bits=8), range(6)))
+    assert all(same(one[:3], alone[:3]) and one[3:] == alone[3:] for one in found)
+
+
+@pytest.mark.parametrize(
+    ("weight", "base", "message"),
+    [
+        (
+            torch.zeros(4, dtype=torch.float64),
+            torch.zeros(4),
+            r"weight is torch.float64 \(4,\) on cpu: expected torch.float32 or",
+        ),
+        (torch.zeros(4), torch.zeros(5), r"base is torch.float32 \(5,\) on cpu: expected .* \(4,\)"),
+    ],
+)
+def test_a_weight_and_a_base_that_do_not_fit_are_refused(weight, base, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_difference(weight, base, key=None, step=STEP, bits=8)

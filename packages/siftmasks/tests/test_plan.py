@@ -7,7 +7,6 @@ import pytest
 from lmcore.errors import UserError
 from lmcore.models import tiny_llama
 from siftmasks.base_model import open_base
-from siftmasks.deletions import deletion_steps
 from siftmasks.grid import Grid
 from siftmasks.plan import Workload, compare, lora_weights, of_checkpoint, parse_bytes, recommend
 from siftmasks.settings import SiftSettings
@@ -60,14 +59,12 @@ def test_deletions_one_by_one_cost_what_figure_9_has():
     assert ten["central fine-tuning"].steps_per_month / ten["SIFT-Masks, rederive"].steps_per_month == 494.5
 
 
-@pytest.mark.parametrize(("tasks", "deletions", "shards"), [(500, 499, 20), (61, 7, 4), (5, 0, 2), (3, 3, 10)])
-def test_steps_are_those_that_the_headline_counts(tasks, deletions, shards):
-    counted = deletion_steps(tasks, 20, deletions=deletions, shards=shards)
-    planned = {name: one.steps_per_month for name, one in costs(tasks=tasks, deletions=deletions, shards=shards).items()}
-    assert planned["SIFT-Masks, rederive"] == counted["sift_masks"]
-    assert planned["TALL-masks, EMR"] == counted["rebuild"]
-    assert planned["central fine-tuning"] == counted["central"]
-    assert planned["SISA"] == counted["shards"]
+def test_shards_and_groups_beyond_one_per_task_are_not_counted():
+    """A shard without a task is no model, a group without one no ledger; the defaults are 20 and 10."""
+    few, matched = costs(tasks=3, deletions=0), costs(tasks=3, deletions=0, shards=3, groups=3)
+    assert few == matched
+    assert few["SISA"].storage == few["a model per task"].storage == 3 * 4 * BILLION
+    assert "each of 3 models serves 1" in few["SISA"].gives_up
 
 
 @pytest.mark.parametrize("tasks", [1, 255, 256, 257, 258, 65_535, 65_536])

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from lmcore.errors import UserError
-from siftmasks import queue
+from siftmasks import examples, queue
 from siftmasks.queue import learn_all
 from siftmasks.store import Store
 from siftmasks.task_data import TaskData, open_data
@@ -274,13 +274,28 @@ def test_folders_and_files_without_tasks_are_refused(tmp_path):
     ("tasks", "only", "message"),
     [
         ([None, None], None, "line 1: names no task"), (["a", None], None, "line 2: names no task"),
-        (["a", None], "a", "line 2: names no task"), (["a", 3], None, "line 2: task is '3'"), (["a", ""], None, "line 2: task is ''"),
+        (["a", None], "a", "line 2: names no task"), (["a", 3.5], None, "line 2: task is 3.5"), (["a", ""], None, 'line 2: task is ""'),
     ],
 )  # fmt: skip
 def test_lines_must_say_whose_they_are(tmp_path, tasks, only, message):
     rows = [line | ({} if task is None else {"task": task}) for task, line in zip(tasks, lines("x"), strict=False)]
     with pytest.raises(UserError, match=message.replace("line", "all.jsonl, line")):
         open_data(write_jsonl(tmp_path / "all.jsonl", rows), only)
+
+
+def test_a_whole_number_is_a_task_by_its_digits(tmp_path):
+    rows = [{"task": task, **line} for task, line in zip([17, "17", 4], lines("x"), strict=True)]
+    data = open_data(write_jsonl(tmp_path / "all.jsonl", rows))
+    assert {task: len(examples) for task, examples in data.held.items()} == {"17": 2, "4": 1}
+
+
+def test_each_line_is_parsed_once(tmp_path, monkeypatch):
+    parsed, usual = [], examples.orjson
+    loads = SimpleNamespace(loads=lambda text: parsed.append(text) or usual.loads(text), JSONDecodeError=usual.JSONDecodeError)
+    monkeypatch.setattr(examples, "orjson", loads)
+    rows = [{"task": task, **line} for task in "xy" for line in lines(task)]
+    open_data(write_jsonl(tmp_path / "all.jsonl", rows)).read("xy")
+    assert len(parsed) == len(rows)
 
 
 def test_ids_are_unique_within_a_task_and_copies_are_counted(tmp_path):

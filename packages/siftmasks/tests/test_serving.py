@@ -64,6 +64,25 @@ def test_a_store_without_tasks_serves_the_base(trained, model, tmp_path):
         assert equal(weights(model), base)
 
 
+def test_a_parameter_whose_memory_has_another_order_is_served_too(store, model):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    with Server(store, model) as server:
+        server.switch("A")
+        assert not weight.is_contiguous()
+        assert equal(weights(model), weights(model) | dict(store.weights("A")))
+
+
+def test_a_switch_between_forward_and_backward_pass_is_an_error_and_not_a_wrong_gradient(store, model):
+    ids = torch.arange(8)[None]
+    with Server(store, model) as server:
+        server.switch("A")
+        loss = model(input_ids=ids, labels=ids).loss
+        server.switch("B")
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_brings_the_base_back(store, model, error):
     base = weights(model)

@@ -115,7 +115,7 @@ def test_a_task_is_learned_once(small, monkeypatch):
 
 def test_no_more_than_max_tasks_are_learned(small):
     store = small.store("store", "AB", max_tasks=2)
-    assert_refused(store, r"at most 2 tasks \(max_tasks\)", store._add, [("C", random_vector(store.config, 1))])
+    assert_refused(store, "2 of at most 2 tasks, and 1 more", store._add, [("C", random_vector(store.config, 1))])
     largest = {name: torch.full(shape, 255, dtype=torch.uint8) for name, (_, shape) in store.config.tensors.items()}
     full = small.store("full", max_tasks=2)
     full._add((task, TaskVector(largest, None, 0)) for task in "AB")
@@ -190,7 +190,7 @@ def test_the_model_must_be_the_base(trained, tmp_path):
     other = torch.nn.Linear(2, 2)
     assert_refused(
         store,
-        "model has weight, which the base .* lacks",
+        "model has weight, which the base lacks",
         store.learn,
         "A",
         trained.examples("A"),

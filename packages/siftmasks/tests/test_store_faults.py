@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from lmcore.errors import UserError
+from siftmasks.examples import Example
 from siftmasks.store import Store
 
 from .conftest import contents, few, random_vector
@@ -39,7 +41,7 @@ DAMAGES = [flip, truncate, empty, remove]
 LEDGERS = ["ledger/total-0.safetensors", "ledger/count-0.safetensors"]
 
 
-@pytest.mark.parametrize("file", [*LEDGERS, "masks/A.safetensors", "archive/A.safetensors", "sidecar/A.json"])
+@pytest.mark.parametrize("file", [*LEDGERS, "masks/A.safetensors", "archive/A.safetensors", "sidecar/A.json", "base.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_file_that_is_damaged_is_named(small, damage, file):
     store = small.store("store", "AB")
@@ -214,3 +216,86 @@ def test_digest_and_tasks_need_no_torch(small):
     code = "import sys; from siftmasks.store import Store; s = Store.open(sys.argv[1]); print(s.digest(), s.tasks, 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code, store.path], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == f"{store.digest()} ['A', 'B'] False"
+
+
+_read_only: set[Path] = set()
+
+
+@pytest.fixture
+def read_only():
+    """A place in which nothing can be made, changed or removed, also not by root: the system's calls are refused as they are made."""
+    if not hasattr(sys, "_siftmasks_refuses"):
+        sys.addaudithook(_refuse)  # for the life of the process
+        sys._siftmasks_refuses = True
+    yield _read_only.add
+    _read_only.clear()
+
+
+def _refuse(event, arguments):
+    changes = event in ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree")
+    if _read_only and (changes or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))):
+        places = [Path(os.fsdecode(one)) for one in arguments[:2] if isinstance(one, str | bytes | os.PathLike)]
+        if any(root in place.parents for root in _read_only for place in places):
+            raise PermissionError(13, "Permission denied")
+
+
+def test_a_store_that_cannot_be_written_beside_is_verified_in_a_temporary_folder(
+    small, monkeypatch, read_only, tmp_path_factory
+):
+    store = small.store("store", "AB", policy="rederive")
+    how, temporary = small.train_at_random(monkeypatch, store.config), tmp_path_factory.mktemp("temporary")
+    store.rebuild([], few("AB"), **how)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    before, beside = contents(store.path), {path.name for path in small.folder.iterdir()}
+    read_only(small.folder)
+    with pytest.raises(UserError, match="cannot be written to: Permission denied"):
+        store.forget("A", few("A"), **how)
+    store = Store.open(store.path)
+    assert store.verify(few("AB"), **how).equal
+    other = store.verify({**few("A"), "B": [Example("one", {}), Example("two", {})]}, **how)
+    assert other.different == ("ledger/count-0.safetensors", "ledger/total-0.safetensors", "masks/B.safetensors")
+    assert contents(store.path) == before
+    assert {path.name for path in small.folder.iterdir()} == beside
+    assert [*temporary.iterdir()] == []
+
+
+@pytest.mark.parametrize("file", [*LEDGERS, "masks/A.safetensors", "sidecar/A.json", "base.json"])
+def test_a_damaged_file_is_not_verified(small, monkeypatch, file):
+    """Its hash in the manifest is still that of a rebuild."""
+    store = small.store("store", "AB", policy="rederive")
+    how = small.train_at_random(monkeypatch, store.config)
+    store.rebuild([], few("AB"), **how)
+    assert store.verify(few("AB"), **how).equal
+    flip(store.path / file)
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        store.verify(few("AB"), **how)
+    assert {path.name for path in small.folder.iterdir()} == {"base.safetensors", "store", ".store.lock"}
+
+
+def test_a_base_is_not_looked_for_where_a_damaged_file_says(small):
+    store = small.store("store", "A")
+    flip(store.path / "base.json")
+    with pytest.raises(UserError, match=r"base\.json is damaged.*: open the store with base="):
+        Store.open(store.path).base()
+    assert len(dict(Store.open(store.path, base=small.base).weights("A"))) == 2
+
+
+def test_damage_is_reported_with_the_commands_that_help(small):
+    def said(act):
+        with pytest.raises(UserError) as found:
+            act()
+        return str(found.value)
+
+    store = small.store("store", "A")
+    flip(store.path / "ledger/total-0.safetensors")
+    flip(store.path / "sidecar/A.json")
+    helps = "bring a backup back with `siftmasks restore`, or make the ledgers anew with `siftmasks forget --rebuild`"
+    for act in (lambda: store.weights("A"), lambda: store.snapshot().commitment("A")):
+        assert said(lambda act=act: dict(act() or ())).endswith(
+            f"Find all that is damaged with `siftmasks check`, then {helps}"
+        )
+    assert said(store.check).endswith(f"Now {helps}")
+    assert said(store.check).count("`siftmasks") == 2, "said once, not with every file"
+    for damage in (truncate, empty):
+        damage(store.path / "manifest.json")
+        assert said(lambda: Store.open(store.path)).endswith("Bring a backup back with `siftmasks restore`")

@@ -342,7 +342,13 @@ def test_overwriting_deletes_nothing_but_earlier_merges(pair, tmp_path):
     (mine / "important").write_text("work")
     with pytest.raises(UserError, match="was not written by wiseft"):
         merge(early, late, mine, overwrite=True)
+    merge(early, late, mine / "merged")
+    with pytest.raises(UserError, match="was not written by wiseft"):
+        merge(early, late, mine, overwrite=True)
     assert (mine / "important").read_text() == "work"
+    (mine / "important").unlink()
+    merge(early, late, mine, delta=[0.1, 0.9], overwrite=True)
+    assert {path.name for path in mine.iterdir()} == {"delta-0.10", "delta-0.90"}
 
 
 def test_outputs_that_hold_an_input_through_a_link_are_refused(pair, tmp_path):

@@ -3,8 +3,9 @@
 import json
 import math
 import os
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ class TensorInfo:
         return self.size * DTYPES[self.dtype]
 
 
-def _close(opened: "Checkpoint | CheckpointWriter") -> None:
+def _close(opened: "Checkpoint | CheckpointWriter", *_: object) -> None:
     """Close the files; unsealed ones stay unreadable."""
     while opened._descriptors:
         os.close(opened._descriptors.popitem()[1])
@@ -58,7 +59,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     """An open checkpoint: names, shapes and dtypes from the headers alone, and any range of any tensor as raw bytes.
 
     A tensor's identity is its name in the files; tied weights exist once, under the saved name. Reads use `pread`, so threads may share
-    a checkpoint. `tensors` is in file order; `metadata` has the `__metadata__` of each file, `index` the index file if there is one.
+    a checkpoint. `tensors` is in file order; `metadata` has the `__metadata__` of each file, `index` the index file if there is one;
+    `folder` is that of config and tokenizer, None for a loose file that is not named as part of a model.
 
     >>> from lmcore.models import tiny_llama
     >>> tiny_llama(vocab_size=16).save_pretrained(folder := tempfile.mkdtemp())
@@ -69,6 +71,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
     def __init__(self, path: Path, files: list[Path], index: dict[str, Any] | None = None):
         self.path, self.index = path, index
+        self.folder = path if path.is_dir() else path.parent if path.name.startswith(("model.", "adapter_model.")) else None
         self.metadata: dict[str, dict[str, str] | None] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._descriptors: dict[Path, int] = {}
@@ -109,10 +112,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
         numbers = torch.from_numpy(self.read(name).view(f"u{DTYPES[info.dtype]}"))
         return numbers.view(getattr(torch, _TORCH[info.dtype])).reshape(info.shape)
 
-    close = __del__ = _close
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    close = __del__ = __exit__ = _close
 
     @classmethod
     def _from_index(cls, path: Path) -> "Checkpoint":
@@ -127,10 +127,9 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
                 raise UserError(f"{file}: this shard is missing (named in {path.name})")
         opened = cls(path.parent, files, index)
         found = {name: tensor.file.name for name, tensor in opened.tensors.items()}
-        for name in {**weight_map, **found}:
-            if found.get(name) != weight_map.get(name):
-                where = f"is in {found.get(name, 'no shard')}, though {path.name} names {weight_map.get(name, 'none')}"
-                raise UserError(f"{path.parent / (weight_map | found)[name]}: tensor {name} {where}")
+        for name, shard in sorted(found.items() ^ weight_map.items()):
+            where = f"is in {found.get(name, 'no shard')}, though {path.name} names {weight_map.get(name, 'none')}"
+            raise UserError(f"{path.parent / shard}: tensor {name} {where}")
         return opened
 
 
@@ -138,11 +137,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     """Preallocates the shards of a checkpoint in `folder` and fills them; leaving the `with` block seals it.
 
     `shards` maps file names to the tensors in them (name, dtype and shape count; `file` and `start` are assigned here); several shards get
-    an index file. Threads may write at once. The headers are written last, by `seal`: until then every shard starts with eight zero bytes,
-    which no reader takes for a safetensors file, so a killed run cannot be loaded as complete. Fill it inside `lmcore.record.published`:
-
-        with published(out, overwrite=overwrite) as folder, CheckpointWriter(folder, shards_like(late)) as writer:
-            writer.write(name, 0, data)
+    an index file. Threads may write at once. The headers are written last: until then every shard starts with eight zero bytes, which no
+    reader takes for a safetensors file, so a killed run cannot be loaded as complete. Let `lmcore.record.published` give the folder.
     """
 
     def __init__(self, folder: Path, shards: Mapping[str, Sequence[TensorInfo]], *, index_metadata: Mapping[str, Any] | None = None,
@@ -178,11 +174,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     close = __del__ = _close
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.seal()
-        finally:
-            self.close()
+        if kind is None:
+            self.seal()
+        self.close()
 
     def _allocate(self, path: Path, tensors: Sequence[TensorInfo], metadata: dict[str, str] | None) -> None:
         entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
@@ -214,18 +208,31 @@ def shards_like(checkpoint: Checkpoint, dtype: str | None = None) -> dict[str, l
     return shards
 
 
+def copy_model_files(checkpoint: Checkpoint, folder: Path, dtype: str | None = None, leave: Collection[str] = ()) -> None:
+    """Copy config, tokenizer and generation files, but those in `leave`; `dtype` (e.g. bfloat16) takes the place of that in config.json."""
+    leave = {"trainer_state.json", "adapter_config.json", *leave}
+    for path in checkpoint.folder.iterdir() if checkpoint.folder else ():
+        carried = path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+        if carried and path.name not in leave and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = folder / "config.json"
+    if dtype and config.is_file():
+        try:
+            fields = json.loads(config.read_bytes()) | {"dtype": dtype}
+        except _MALFORMED as error:
+            raise UserError(f"{checkpoint.path}: config.json cannot be read ({type(error).__name__}: {error})") from None
+        fields.pop("torch_dtype", None)
+        config.write_text(json.dumps(fields, indent=2) + "\n")
+
+
 def _file_in(folder: Path) -> Path:
     """The file to open for a folder: its weights, or the index of its shards."""
-    for name in ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(folder.glob("*.safetensors"))
+    named = [folder / name for name in ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")]
+    found = [path for path in named if path.is_file()][:1] or [*folder.glob("*.safetensors")]
+    if not found and any(folder.glob("*.bin")):
+        raise UserError(f"{folder} has only pickled weights (.bin): save them anew with transformers")
     if len(found) != 1:
-        pickled = not found and any(folder.glob("*.bin"))
-        others = (
-            "only pickled weights (.bin): save them anew with transformers" if pickled else f"{len(found)} safetensors files"
-        )
-        raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json, but {others}")
+        raise UserError(f"{folder} has no model.safetensors and no index of shards, but {len(found)} safetensors files")
     return found[0]
 
 

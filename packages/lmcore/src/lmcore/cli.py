@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
     named: dict[str, Callable[..., Command]] = {command.__name__.lower(): command for command in commands}
     flags = (tyro.conf.FlagCreatePairsOff,)
     chosen = tyro.extras.subcommand_cli_from_dict(named, prog=program, description=description, args=args, config=flags)
+    if not sys.stderr.isatty():  # a log has no use for the bars of transformers
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:  # with --json, stdout holds the result alone: whatever a library prints goes to stderr
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr) if chosen.json else contextlib.nullcontext():
             warnings.simplefilter("default", UserWarning)
@@ -66,6 +68,21 @@ def main(program: str, description: str, commands: Sequence[type[Command]], args
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def print_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print one row per mapping, columns from the first, those of numbers to the right; what is piped is neither wrapped nor cut."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    if rows:
+        words = [any(row[name][:1].isalpha() for row in rows) for name in rows[0]]
+        columns = (Column(name, justify="left" if word else "right") for name, word in zip(rows[0], words, strict=True))
+        table = Table(*columns, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(row[name] for name in rows[0]))
+        width = None if sys.stdout.isatty() else 2**16
+        Console(markup=False, emoji=False, highlight=False, width=width).print(table)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
-from lmcore.packaged import cached, package_folder
+from lmcore.record import cached, package_folder
 
 if TYPE_CHECKING:
     import torch

@@ -1,15 +1,16 @@
-"""Files that appear whole or not at all, and the record of a run: config, environment, metrics, result."""
+"""Files that appear whole or not at all, a cache of them, and the record of a run: config, environment, metrics, result."""
 
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import operator
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,6 +71,24 @@ def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _flush(out.parent)
 
 
+def cached(name: str, inputs: Any, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled by `make(folder)` once for each value of `inputs` (JSON: all that the content depends on).
+
+    It appears by one rename: a killed `make` leaves nothing that looks finished. Of two processes, one makes it and the other waits.
+    The cache is `$TENFOLD_CACHE`, else `$XDG_CACHE_HOME/tenfold`, else `~/.cache/tenfold`.
+    """
+    base = os.environ.get("TENFOLD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tenfold")
+    folder = Path(base, f"{name}-{hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()}")
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system drops it when the process ends, however it ends
+            if not folder.is_dir():  # made by another process meanwhile
+                with published(folder) as unfinished:
+                    make(unfinished)
+    return folder
+
+
 class Run:
     """A run folder: `config.json`, `environment.json`, `metrics.jsonl` (one line per `log`) and `result.json` (by `finish`).
 
@@ -109,6 +128,14 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None,
         "versions": {name: metadata.version(name) for name in names if find_spec(name)},
     }
+
+
+def package_folder(package: str, install: str) -> Path:
+    """Where a package lies, found without importing it; a `UserError` with the command `install` where it is not installed."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the package {package} is not installed: {install}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmcore.packaged import cached, package_folder
+from lmcore.record import cached, package_folder
 
 if TYPE_CHECKING:
     import transformers

@@ -8,6 +8,7 @@ from lmcore.record import published
 from siftmasks.canonical import room_for
 from siftmasks.checking import check
 from siftmasks.exclusive import locked
+from siftmasks.snapshot import Snapshot
 
 
 def copy_store(source: Path, target: Path) -> None:
@@ -15,6 +16,7 @@ def copy_store(source: Path, target: Path) -> None:
 
     Raises: `UserError` if the source is no store, damaged or changed meanwhile, or if the target exists or lies inside the source.
     """
+    Snapshot(source)
     if target.exists():
         raise UserError(f"{target} exists: choose another folder")
     if source in target.parents:

@@ -56,24 +56,36 @@ def trainable_tensors(
 
 
 def check_model(model: nn.Module, checkpoint: Checkpoint, settings: SiftSettings) -> None:
-    """Check that the weights of `model`, as they are trained (in `settings.dtype`), are those of the base, bit for bit.
+    """Check that the weights of `model`, as they are trained (in `settings.dtype`), are those of the base. Raises: as `base_tensors`."""
+    base_tensors(model, checkpoint, getattr(torch, settings.dtype))
 
-    Raises: `UserError` naming a parameter that the base lacks or a tensor that differs.
+
+def base_tensors(model: nn.Module, base: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model by their names in the base, once they are known to have the base's bits.
+
+    They are compared in `dtype`, to which each weight is rounded once; None is that of each tensor of the model, as transformers loads it.
+    Raises: `UserError` naming a parameter that the base lacks, that is on no device, or a tensor whose shape or bits differ.
     """
-    dtype = getattr(torch, settings.dtype)
-    aliases: dict[int, tuple[torch.Tensor, list[str]]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        aliases.setdefault(id(tensor), (tensor, []))[1].append(name)
-    for tensor, names in aliases.values():
-        saved = [name for name in names if name in checkpoint.tensors]  # a tied weight has several names and is saved under one
-        if not saved and isinstance(tensor, nn.Parameter):
-            raise UserError(f"the model has {names[0]}, which the base {checkpoint.path} lacks: load the model from it")
-        for name in saved:
-            ours, base = tensor.detach().cpu(), checkpoint.tensor(name)
-            if base.is_floating_point():
-                ours, base = ours.to(dtype), base.to(dtype)
-            if not same_bits(ours, base):
-                raise UserError(f"{name} of the model is not that of the base {checkpoint.path}: load the model from it")
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():  # a tied weight is there under all its names, saved under one
+        names.setdefault(id(tensor), []).append(name)
+    load_it = f"load the model from {base.path}"
+    for tensor in state.values():
+        known = names[id(tensor)]
+        if isinstance(tensor, nn.Parameter) and not any(name in base.tensors for name in known):
+            raise UserError(f"the model has {known[0]}, which the base lacks: {load_it}")
+    found = {name: state[name] for name in base.tensors if name in state}
+    for name, tensor in found.items():
+        shape = base.tensors[name].shape
+        if tensor.is_meta:
+            raise UserError(f"{name} of the model is on no device: load it without offloading")
+        if tensor.shape != shape:
+            raise UserError(f"{name} of the model has the shape {[*tensor.shape]}, that of the base {[*shape]}: {load_it}")
+        common = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if not same_bits(tensor.detach().to(common), base.tensor(name).to(tensor.device).to(common)):
+            raise UserError(f"{name} of the model is not that of the base: {load_it}")
+    return found
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from lmcore.errors import UserError
 from siftmasks.canonical import file_sha256
-from siftmasks.snapshot import BASE, MANIFEST, Snapshot, archive_file, mask_file, sidecar_file
+from siftmasks.commitments import Commitment
+from siftmasks.snapshot import BASE, MANIFEST, MEND, Snapshot, archive_file, mask_file, sidecar_file
 
 
 def check(path: Path) -> None:
-    """Hash every file again and compare it with the manifest, read every commitment, and compare archived levels with them.
+    """Hash every file again and compare it with the manifest, read where the base was and every commitment, and compare archived levels.
 
     Raises: `UserError` that names every file that is damaged, missing or does not belong there.
     """
@@ -25,18 +26,22 @@ def check(path: Path) -> None:
     known = {*expected, *sidecars, *archives, MANIFEST, BASE}
     found = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
     faults += [f"{file} does not belong there" for file in sorted(found - known)]
+    try:
+        snapshot.base()
+    except UserError as error:
+        faults.append(str(error))
     for task in snapshot.tasks:
         if mask_file(task) in found:
             faults += _faults_of_task(snapshot, task)
     if faults:
-        raise UserError(f"{path} is not sound: {'; '.join(faults)}. Restore a backup, or rebuild")
+        raise UserError(f"{path} is not sound: {'; '.join(faults)}. Now {MEND}")
 
 
 def _faults_of_task(snapshot: Snapshot, task: str) -> list[str]:
     from siftmasks.recorded import RecordedTask
 
     try:
-        commitment = snapshot.commitment(task)
+        commitment = Commitment.read(snapshot.path / sidecar_file(task))
         if snapshot.config.policy != "archive":
             return []
         recorded = RecordedTask(snapshot.config, snapshot.path / archive_file(task), snapshot.path / mask_file(task))

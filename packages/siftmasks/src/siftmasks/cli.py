@@ -8,10 +8,10 @@ from typing import Any
 
 from lmcore import cli
 from siftmasks.evaluate_command import Evaluate
+from siftmasks.export_command import Export, Report
 from siftmasks.forget_command import Forget, Verify
 from siftmasks.learn_command import Learn, LearnAll
 from siftmasks.plan_command import Plan
-from siftmasks.serve_command import Export, Report
 from siftmasks.store_commands import Backup, Certify, Check, Digest, Init, Restore, Tasks
 
 

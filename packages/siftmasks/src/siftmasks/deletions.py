@@ -12,6 +12,7 @@ from torch import Tensor
 from siftmasks import baselines
 from siftmasks.baselines import Served, VectorsInMemory
 from siftmasks.memory_ledger import MemoryLedger
+from siftmasks.plan import Workload, compare
 from siftmasks.sift import sift
 from siftmasks.task_setting import Setting, accuracy, central
 
@@ -96,25 +97,21 @@ def _delete(setting: Setting, ledger: MemoryLedger, task: str, *, again: bool) -
 
 
 def deletion_steps(tasks: int, steps: int, *, deletions: int, shards: int = 20) -> dict[str, int]:
-    """Optimizer steps to serve `deletions` deletions one by one, of `tasks` tasks that each take `steps` steps (Fig. 9).
+    """Optimizer steps of `deletions` deletions one by one, of `tasks` tasks that each take `steps` steps (Fig. 9), as in `plan.compare`.
 
-    With i - 1 tasks deleted, R = tasks - i remain after deletion i:
-    - `sift_masks` (also FT + Merge): the deleted task is derived again, `steps`;
-    - `sift_masks_archive`, `bitdelta` (also mask-only and local models): nothing is trained;
-    - `rebuild` (TIES, TALL-masks, EMR, Consensus, whose masks or signs depend on all tasks, and whose local models are not stored):
-      R `steps`; `central` at equal epochs as many;
-    - `shards`: the rest of one of `shards` clusters of equal size, from which tasks are deleted in turn.
+    `sift_masks` also stands for FT + Merge, `bitdelta` for mask-only and local models, `rebuild` for TIES, TALL-masks, EMR and Consensus,
+    whose masks or signs depend on all tasks, and whose local models are not stored.
 
     >>> deletion_steps(500, 20, deletions=499)["rebuild"] / deletion_steps(500, 20, deletions=499)["sift_masks"]
     250.0
     """
-    remaining = range(tasks - 1, tasks - 1 - deletions, -1)
-    everything = steps * sum(remaining)
+    load = Workload(weights=1, tasks=tasks, deletions=deletions, steps=steps, shards=shards, lora_weights=1)
+    counted = {method.name: method.steps_per_month for method in compare(load)}
     return {
-        "sift_masks": steps * deletions,
-        "sift_masks_archive": 0,
-        "bitdelta": 0,
-        "rebuild": everything,
-        "central": everything,
-        "shards": steps * sum(-(-(left + 1) // shards) - 1 for left in remaining),
+        "sift_masks": counted["SIFT-Masks, rederive"],
+        "sift_masks_archive": counted["SIFT-Masks, archive"],
+        "bitdelta": counted["BitDelta"],
+        "rebuild": counted["TALL-masks, EMR"],
+        "central": counted["central fine-tuning"],
+        "shards": counted["SISA"],
     }

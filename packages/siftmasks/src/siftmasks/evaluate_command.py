@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from lmcore.cli import print_table
+from lmcore.errors import UserError
 from siftmasks.store_commands import ModelCommand
-from siftmasks.tables import print_table
 
 if TYPE_CHECKING:
     from siftmasks.examples import Example
@@ -33,7 +34,7 @@ class Evaluate(ModelCommand):
     scale: tuple[Literal["mean", "count", "density"], ...] = ("mean",)
     """Scales to serve with: mean is the paper's."""
     labels: tuple[str, ...] = ()
-    """Accuracy of choosing among these labels; by default, of the answer being the likeliest token by token."""
+    """Accuracy of choosing among these labels, for data of text and label; by default, of every token of the answer being the likeliest."""
     batch_size: int = 32
     """Examples to score at a time."""
     metric: Metric = "accuracy"
@@ -46,17 +47,20 @@ class Evaluate(ModelCommand):
         store = self.opened()
         data = open_data(self.data, self.tasks[0] if len(self.tasks) == 1 else None)
         examples = data.read(self.tasks or data.tasks)
-        rows = scores(store, self.trainee(store), examples, self.scale, labels=self.labels or None, batch_size=self.batch_size)
+        labels = labels_of(examples, self.labels) if self.labels else None
+        rows = scores(store, self.trainee(store), examples, self.scale, labels=labels, batch_size=self.batch_size)
         return {"digest": store.digest(), "tasks": rows, "means": means(rows, self.scale)}
 
     def show(self, result: dict[str, Any]) -> None:
         """Print a row per task, then the means."""
+        from siftmasks.snapshot import in_one_line
+
         for row in result["tasks"]:
             row["served"] = row["served"] or {}
         columns = [(kind, scale) for scale in self.scale for kind in ("maskless", "served")]
         print_table(
             [
-                {"task": row["task"], "examples": str(row["examples"]), "base": f"{row['base'][self.metric]:.4f}"}
+                {"task": in_one_line(row["task"]), "examples": str(row["examples"]), "base": f"{row['base'][self.metric]:.4f}"}
                 | {f"{kind}/{scale}": _shown(row[kind].get(scale), self.metric) for kind, scale in columns}
                 for row in result["tasks"]
             ]
@@ -74,9 +78,30 @@ class Evaluate(ModelCommand):
         )  # fmt: skip
 
 
+def labels_of(examples: "Mapping[str, Sequence[Example]]", named: Sequence[str]) -> Sequence[str | int]:
+    """Return the labels to choose among, as the data have theirs: numbers, where those of the data are numbers.
+
+    Raises: `UserError` if examples have no label, or one that is not named.
+    """
+    known: dict[str, str | int] = {}
+    for task, own in examples.items():
+        for example in own:
+            if "label" not in example.fields:
+                has = " and ".join(example.fields)
+                raise UserError(f"--labels is for data of text and label; those of task {task!r} have {has}: leave it out")
+            label = example.fields["label"]
+            if str(label) not in named:
+                raise UserError(
+                    f"task {task!r}, example {example.id!r}: its label {label!r} is not among --labels {' '.join(named)}"
+                )
+            known[str(label)] = label
+    numbers = all(isinstance(label, int) for label in known.values())
+    return [known.get(name, int(name) if numbers and name.isdecimal() else name) for name in dict.fromkeys(named)]
+
+
 def scores(
     store: "Store", trainee: "Trainee", examples: "Mapping[str, Sequence[Example]]", scales: "Sequence[Scale]",
-    *, labels: Sequence[str] | None = None, batch_size: int = 32,
+    *, labels: Sequence[str | int] | None = None, batch_size: int = 32,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Score each task's examples (see `evaluation.score`) under the base, the maskless model and, if it is in the store, its own.
 

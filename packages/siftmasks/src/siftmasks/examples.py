@@ -29,36 +29,46 @@ def read_examples(path: Path) -> list[Example]:
     """Read the examples of a task: JSON lines, plain or gzipped, of `prompt` and `completion` or of `text` and `label`.
 
     Prompt, completion and text are strings, the label is a string or a whole number; other keys are ignored. `id` is a string of the
-    user's, once in the file; without it, the id is a hash of the content (BLAKE2b of the two fields as JSON, 16 bytes in hex). Equal
-    contents without ids are different examples, HASH, HASH-2, HASH-3: what counts is how often a content is there, never where. To forget
-    such a content means to forget all of them. The order of the file makes no difference to training.
+    user's, once in the file, or a whole number, which stands for its digits: 5 is "5"; without it, the id is a hash of the content
+    (BLAKE2b of the two fields as JSON, 16 bytes in hex). Equal contents without ids are different examples, HASH, HASH-2, HASH-3: what
+    counts is how often a content is there, never where. To forget such a content means to forget all of them. The order of the file makes
+    no difference to training.
 
     Raises: `UserError` naming file and line for what is no JSON object, lacks a field, has one of another type, is of another kind than
     the lines before or repeats an id; naming the file if it is missing, damaged or holds no example.
     """
-    return examples_of(path, numbered_lines(path))
+    return examples_of(path, read_lines(path))
 
 
-def examples_of(path: Path, lines: Iterable[tuple[int, bytes]]) -> list[Example]:
-    """Do as `read_examples` with some lines of a file, given with their numbers."""
+@dataclass(frozen=True)
+class Line:
+    """A line of a file: its number, counted from 1, the id and the fields of its example, and what the key `task` has, if anything."""
+
+    number: int
+    id: str | None
+    fields: dict[str, Any]
+    task: Any
+
+
+def examples_of(path: Path, lines: Iterable[Line]) -> list[Example]:
+    """Do as `read_examples` with some lines of a file."""
     examples: list[Example] = []
     place: dict[str, int] = {}
     copies: dict[str, int] = {}
     kind = None
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        given, fields = parse(where, line)
-        if kind not in (None, fields.keys()):
-            raise UserError(f"{where}: has {' and '.join(fields)}, the lines before have {' and '.join(kind or ())}")
-        kind = fields.keys()
+    for line in lines:
+        where, given = f"{path}, line {line.number}", line.id
+        if kind not in (None, line.fields.keys()):
+            raise UserError(f"{where}: has {' and '.join(line.fields)}, the lines before have {' and '.join(kind or ())}")
+        kind = line.fields.keys()
         if given is None:
-            given = hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=16).hexdigest()
+            given = hashlib.blake2b(json.dumps(line.fields, sort_keys=True).encode(), digest_size=16).hexdigest()
             copies[given] = copies.get(given, 0) + 1
             given += f"-{copies[given]}" if copies[given] > 1 else ""
         if given in place:
             raise UserError(f"{where}: the id {given!r} is that of line {place[given]} already: give each example its own")
-        place[given] = number
-        examples.append(Example(given, fields))
+        place[given] = line.number
+        examples.append(Example(given, line.fields))
     if not examples:
         raise UserError(f"{path} holds no example")
     return examples
@@ -89,10 +99,16 @@ def batches(examples: Sequence[Example], settings: SiftSettings, task: str) -> l
     return [stream[step * size : (step + 1) * size] for step in range(settings.steps)]
 
 
-def parse(where: str, line: bytes) -> tuple[str | None, dict[str, Any]]:
-    """The id, if there is one, and the two fields of a line."""
+def read_lines(path: Path) -> Iterator[Line]:
+    """Parse the lines that are not blank. Raises: `UserError` naming file and line, as `read_examples` does."""
+    for number, text in _numbered(path):
+        yield _parse(path, number, text)
+
+
+def _parse(path: Path, number: int, text: bytes) -> Line:
+    where = f"{path}, line {number}"
     try:
-        record = orjson.loads(line)
+        record = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
@@ -108,14 +124,18 @@ def parse(where: str, line: bytes) -> tuple[str | None, dict[str, Any]]:
             )
     if fields.get("completion", fields.get("label")) == "":
         raise UserError(f"{where}: the {_KINDS[kinds[0]]} is empty: there is nothing to learn")
-    given = record.get("id")
-    if not (given is None or (isinstance(given, str) and given)):
-        raise UserError(f"{where}: id is {str(given)[:40]!r}, not a string with a character in it")
-    return given, fields
+    return Line(number, named(where, "id", record.get("id")), fields, record.get("task"))
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers, counted from 1."""
+def named(where: str, key: str, value: Any) -> str | None:
+    """Return the name that a key of a line has, if it has one; a whole number is named by its digits. Raises: `UserError` for all else."""
+    name = str(value) if type(value) is int else value
+    if name is None or (isinstance(name, str) and name):
+        return name
+    raise UserError(f"{where}: {key} is {json.dumps(value)[:40]}, not a string with a character in it or a whole number")
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open(path, "rb") as raw:
             compressed = raw.peek(2)[:2] == b"\x1f\x8b"

@@ -10,19 +10,23 @@ from pathlib import Path
 from lmcore.errors import UserError
 
 
+class Unwritable(UserError):
+    """Nothing can be written beside a store."""
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, new: bool = False) -> Iterator[None]:
     """Hold the lock of the store at `path`, an empty file `.NAME.lock` beside it, and clear what killed writers left.
 
     For a `new` store, the folders above it are made. The system releases the lock when the process ends, however it ends.
-    Raises: `UserError` at once if another writer holds it, or the file cannot be made.
+    Raises: `UserError` at once if another writer holds it; `Unwritable` if the file cannot be made.
     """
     try:
         if new:
             path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise UserError(f"{path} cannot be written to: {error.strerror} beside it") from None
+        raise Unwritable(f"{path} cannot be written to: {error.strerror} beside it") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,20 +12,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, shards_like
+from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, copy_model_files, shards_like
 from lmcore.errors import UserError
 from lmcore.record import published, write_atomically, write_json
-from siftmasks.canonical import from_json, room_for
+from siftmasks.canonical import room_for
 from siftmasks.rounding_loss import Report, RoundingLoss
-from siftmasks.served import Scale, scale_factor
-from siftmasks.serving import ledger_of, served_tensor
-from siftmasks.snapshot import Snapshot
+from siftmasks.served import Scale, Served
 from siftmasks.store import Store
 
 RECORD = "siftmasks.json"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-_LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", "wiseft.json", RECORD)
 
 
 def export(
@@ -57,16 +52,15 @@ def export(
     snapshot = store.snapshot()
     if task is not None:
         snapshot.require([task])
-    scale_factor(snapshot, scale)
-    base, place = store.base(), Path(out)
+    served, base, place = Served(snapshot, scale), store.base(), Path(out)
     _check_place(place, [store.path, base.path], overwrite)
     shards, loss = shards_like(base, DTYPES[dtype] if dtype else None), RoundingLoss()
     index = base.index and {**(base.index.get("metadata") or {})}
     with room_for(place), published(place, overwrite=overwrite) as folder:
-        _copy_model_files(base, folder, dtype)
+        copy_model_files(base, folder, dtype, leave=["wiseft.json", RECORD])
         with CheckpointWriter(folder, shards, metadata=base.metadata, index_metadata=index) as writer:
             targets = [target for tensors in shards.values() for target in tensors]
-            for target, tensor in _tensors(targets, base, snapshot, task, scale, loss):
+            for target, tensor in _tensors(targets, base, served, task, loss):
                 writer.write(target.name, 0, tensor.reshape(-1).view(torch.uint8).numpy())
         record = {
             "task": task, "scale": scale, "dtype": dtype, "mode": snapshot.config.settings.mode, "tasks": snapshot.manifest.tasks,
@@ -83,19 +77,18 @@ def export(
 
 
 def _tensors(
-    targets: list[TensorInfo], base: Checkpoint, snapshot: Snapshot, task: str | None, scale: Scale, loss: RoundingLoss
+    targets: list[TensorInfo], base: Checkpoint, served: Served, task: str | None, loss: RoundingLoss
 ) -> Iterator[tuple[TensorInfo, Tensor]]:
     """Yield each tensor as it is written."""
-    factor = scale_factor(snapshot, scale)
     for target in tqdm(targets, desc="export", unit="tensor", file=sys.stderr, disable=None, leave=False):
         weight = base.tensor(target.name)
-        if target.name in snapshot.config.tensors:
-            ledger = ledger_of(snapshot, target.name, factor, weight.device)
-            served, delta = (
-                served_tensor(snapshot, target.name, start, ledger, factor, torch.float32, task)
+        if target.name in served.snapshot.config.tensors:
+            ledger, bits = served.ledger(target.name), served.bits(target.name, task)
+            exact, delta = (
+                served.tensor(target.name, start, ledger, bits, dtype=torch.float32)
                 for start in (weight, torch.zeros(weight.shape))
             )
-            exported = served.to(_TORCH[target.dtype])  # the bits of `Store.weights`, which rounds to float32 first, too
+            exported = exact.to(_TORCH[target.dtype])  # the bits of `Store.weights`, which rounds to float32 first, too
             loss.add(weight, delta, exported)
         else:
             exported = weight if target.dtype == base.tensors[target.name].dtype else weight.to(_TORCH[target.dtype])
@@ -146,19 +139,6 @@ def _warning(report: Report) -> str | None:
     if lost is None or lost <= 0.5:  # what overflows is not exported
         return None
     return f"rounding to this dtype loses {_share(lost)} of the delta's squared length: export with --dtype float32"
-
-
-def _copy_model_files(base: Checkpoint, folder: Path, dtype: str | None) -> None:
-    """Copy config, tokenizer and generation files; `dtype` takes the place of the one in config.json."""
-    source = base.path if base.path.is_dir() else base.path.parent if base.path.name.startswith("model.") else None
-    for pattern in _COPIED:
-        for path in sorted(source.glob(pattern)) if source else ():
-            if path.is_file() and path.name not in _LEFT_BEHIND and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
-    if dtype and (folder / "config.json").is_file():
-        config = from_json(folder / "config.json")
-        config.pop("torch_dtype", None)
-        write_json(folder / "config.json", config | {"dtype": dtype})
 
 
 def _check_place(out: Path, inputs: list[Path], overwrite: bool) -> None:

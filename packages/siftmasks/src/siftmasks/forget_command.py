@@ -21,7 +21,7 @@ class Forget(ModelCommand):
 
     The data they were learned from are needed once more, to derive what is subtracted and prove that it is what was added; under the policy
     archive they are not. Where they are gone, or give something else on this machine, --rebuild makes the ledger anew from the data of
-    the other tasks.
+    the other tasks; without a task, it makes all ledgers anew, which mends damaged ones.
     """
 
     tasks: tyro.conf.Positional[tuple[str, ...]]
@@ -42,7 +42,8 @@ class Forget(ModelCommand):
         from siftmasks.commitments import RederivationMismatch
 
         store = self.opened()
-        store.snapshot().require(self.tasks)
+        if self.tasks or not self.rebuild:
+            store.snapshot().require(self.tasks)
         tasks = [*dict.fromkeys(self.tasks)]
         proof: dict[str, Any] = {"certificate": self.certificate, "note": self.note}
         if self.examples:

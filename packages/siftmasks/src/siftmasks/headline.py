@@ -21,6 +21,7 @@ from lmcore.errors import UserError
 from lmcore.record import environment, write_json
 from siftmasks.headline_claims import Found, claims
 from siftmasks.headline_report import write_page
+from siftmasks.queue import end_with_parent
 
 Part = Literal["permuted", "private", "rotated", "shared", "many", "store"]
 """A setting, in the order of the page; "many" is "permuted" with 500 tasks, and "store" a real store of a tiny Llama."""
@@ -94,7 +95,10 @@ def _measure_all(out: Path, chosen: Scale, seeds: Sequence[int], clinc: Path | N
         _measure_one(todo[0])
     elif todo:
         todo.sort(key=lambda pair: pair[0].part != "many")  # the longest first
-        with ProcessPoolExecutor(min(len(todo), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        processes, spawn = min(len(todo), os.cpu_count() or 1), get_context("spawn")
+        with ProcessPoolExecutor(
+            processes, mp_context=spawn, initializer=end_with_parent
+        ) as pool:  # else a killed one leaves them
             list(pool.map(_measure_one, todo))
     return {part: [json.loads(files[part, seed].read_text())["found"] for seed in seeds] for part in chosen.parts}
 

@@ -1,17 +1,19 @@
-"""Task vectors of checkpoints that were trained elsewhere, quantised and added a tensor at a time."""
+"""Task vectors of checkpoints that were trained elsewhere, quantised a tensor at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
+from lmcore.random import key
 from siftmasks.base_model import same_bits
 from siftmasks.config import StoreConfig
-from siftmasks.ops.ledger_add import ledger_add
+from siftmasks.ops.arguments import FLOATS
+from siftmasks.ops.ledger_add import quantize_difference
 from siftmasks.recorded import TaskWriter, read_tensor
+from siftmasks.settings import SiftSettings
 from siftmasks.sift import prune
 from siftmasks.signs import sign_vector
 
@@ -27,54 +29,42 @@ class Imported:
 
 
 class ImportedTask:
-    """τ = float32(θ) - float32(θ0) of one checkpoint θ; in mode "sift", what lies against the sign vector is dropped."""
+    """τ = float32(θ) - float32(θ0) of one checkpoint θ; in mode "sift", what lies against the sign vector is dropped.
 
-    def __init__(self, source: Checkpoint, writer: TaskWriter, shared: "SharedTensors"):
-        self._source, self._writer, self._shared = source, writer, shared
+    `base_tensor` gives the tensors of θ0, and may be called from several threads.
+    """
+
+    def __init__(self, source: Checkpoint, writer: TaskWriter, settings: SiftSettings, base_tensor: Callable[[str], Tensor]):
+        self._source, self._writer, self._settings, self._base_tensor = source, writer, settings, base_tensor
         self._saturated = 0
-        self._before = self._after = 0.0
+        self._energy = self._kept = 0.0
 
     def report(self) -> Imported:
         """What there is to tell, once all tensors are added."""
-        return Imported(self._saturated, 1 - self._after / self._before if self._before else 0.0)
+        return Imported(self._saturated, 1 - self._kept / self._energy if self._energy else 0.0)
 
-    def add_to(self, name: str, ledger: dict[str, Tensor]) -> None:
-        """Quantise one tensor, add it to the ledger and write its levels and bits. Raises: `UserError` for NaN or infinity."""
-        settings = self._shared.settings
-        base, sign = self._shared.get(name)
-        task_vector = read_tensor(self._source.tensors[name]).float().sub_(base)
-        before = _energy(task_vector)
-        if not before < float("inf"):
-            raise UserError(f"{self._source.path}: {name} has NaN or infinity, or values as large as these")
-        if sign is not None:  # τ v instead of τ: magnitudes are all that is taken from here
-            task_vector.mul_(sign).clamp_(min=0)
+    def levels(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Quantise one tensor, and write and return its levels and, in mode "signs", its packed signs.
+
+        Raises: `UserError` for NaN or infinity.
+        """
+        settings, grid = self._settings, self._settings.grid
+        sift = key(settings.seed, name) if settings.mode == "sift" else None
+        weight, base = (_as_float(tensor) for tensor in (read_tensor(self._source.tensors[name]), self._base_tensor(name)))
+        try:
+            found = quantize_difference(weight, base, key=sift, step=grid.step, bits=grid.bits)
+        except ValueError as error:  # shapes and dtypes fit: it is about NaN and infinity
+            raise UserError(f"{self._source.path}: {name} has NaN or infinity ({error})") from None
         if settings.density is not None:
-            task_vector = prune(task_vector, settings.density)
-        self._before += before
-        self._after += _energy(task_vector) if sign is not None else before
-        grid = settings.grid
-        levels, bits, saturated = ledger_add(
-            task_vector, ledger["total"], ledger["count"], step=grid.step, bits=grid.bits, positive=ledger.get("positive")
-        )
-        self._saturated += saturated
-        self._writer.write(name, levels, bits)
-
-
-class SharedTensors:
-    """The base weights (float32) and signs of the tensor that is at hand: all tasks add it before the next one comes."""
-
-    def __init__(self, base: Checkpoint, config: StoreConfig):
-        self._base, self.settings = base, config.settings
-        self._name = ""
-        self._tensors: tuple[Tensor, Tensor | None] = (torch.empty(0), None)
-
-    def get(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Base weights and, in mode "sift", the sign vector."""
-        if name != self._name:
-            base = self._base.tensor(name).float()
-            sign = sign_vector(self.settings.seed, name, base.shape).float() if self.settings.mode == "sift" else None
-            self._name, self._tensors = name, (base, sign)
-        return self._tensors
+            task_vector = weight.float() - base.float()
+            along = task_vector.where(task_vector * sign_vector(settings.seed, name, weight.shape) > 0, 0)
+            pruned = quantize_difference(prune(along, settings.density), None, key=sift, step=grid.step, bits=grid.bits)
+            found = pruned._replace(energy=found.energy)
+        self._saturated += found.saturated
+        self._energy += found.energy
+        self._kept += found.kept
+        self._writer.write(name, found.levels, found.bits)
+        return found.levels, found.bits if sift is None else None
 
 
 def check_checkpoints(sources: Mapping[str, Checkpoint], base: Checkpoint, config: StoreConfig) -> None:
@@ -100,5 +90,5 @@ def check_checkpoints(sources: Mapping[str, Checkpoint], base: Checkpoint, confi
                 )
 
 
-def _energy(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) ** 2
+def _as_float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in FLOATS else tensor.float()

@@ -27,6 +27,7 @@ class Learn(ModelCommand):
         if (self.data is None) == (self.checkpoint is None):
             raise UserError("learn takes either --data or --from")
         store = self.opened()
+        store.snapshot().check_new([self.task])
         if self.data is None:
             imported = store.learn_from(self.task, self.checkpoint or "")
             fit: dict[str, Any] = {"saturated": imported.saturated, "lost": imported.lost}

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
-from siftmasks.imported import Imported, ImportedTask, SharedTensors, check_checkpoints
+from siftmasks.imported import Imported, ImportedTask, check_checkpoints
 from siftmasks.next_version import NextVersion, next_version
 from siftmasks.task_vector import TaskVector
 from siftmasks.training import Training
@@ -46,8 +47,11 @@ def contribute_checkpoints(
         with Checkpoint.open(checkpoint) as source:
             sources[task] = source
     check_checkpoints(sources, base, version.config)
-    shared = SharedTensors(base, version.config)
-    tasks = {task: ImportedTask(source, version.writer(task), shared) for task, source in sources.items()}
+    base_tensor = lru_cache(maxsize=1)(base.tensor)  # all tasks add a tensor before the next one comes
+    tasks = {
+        task: ImportedTask(source, version.writer(task), version.config.settings, base_tensor)
+        for task, source in sources.items()
+    }
     for task, one in tasks.items():
         version.contribute(task, one)
     return tasks

@@ -16,8 +16,7 @@ from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from siftmasks.bits import pack_bits, unpack_bits
 from siftmasks.ops.masked_delta_mm import masked_delta_mm
-from siftmasks.served import Scale, scale_factor
-from siftmasks.serving import ledger_of, masked, served_tensor
+from siftmasks.served import Scale, Served
 from siftmasks.snapshot import Snapshot
 
 Rows = Callable[[int, int, torch.device], Tensor]
@@ -28,29 +27,29 @@ class TaskTensors:
     """Tensors of one version of a store, as these modules need them; each goes to the device of the parameter that it is `like`."""
 
     def __init__(self, snapshot: Snapshot, base: Checkpoint, scale: Scale):
-        self._snapshot, self._base, self._factor = snapshot, base, scale_factor(snapshot, scale)
+        self._base, self._served = base, Served(snapshot, scale)
         self.signed = snapshot.config.settings.mode == "signs"
 
     def bits(self, name: str, like: Tensor, task: str) -> Tensor:
         """The packed bits of a task."""
-        return self._snapshot.mask(task, name).to(like.device)
+        return self._served.snapshot.mask(task, name).to(like.device)
 
     def weight(self, name: str, like: Tensor, task: str | None) -> Tensor:
         """A weight as `serving.task` would write it to `like`."""
-        base, ledger = self._base.tensor(name).to(like.device), self._ledger(name, like)
-        return served_tensor(self._snapshot, name, base, ledger, self._factor, like.dtype, task)
+        base = self._base.tensor(name).to(like.device)
+        return self._tensor(name, base, self._served.bits(name, task, like.device), like.dtype)
 
     def delta(self, name: str, like: Tensor, dtype: torch.dtype, task: str | None) -> Tensor:
         """A served weight less the base's: of a task, or of the maskless model."""
-        return served_tensor(self._snapshot, name, _zeros(like), self._ledger(name, like), self._factor, dtype, task)
+        return self._tensor(name, _zeros(like), self._served.bits(name, task, like.device), dtype)
 
     def choice(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """What a task's bits keep (mode "sift") or give their sign to (mode "signs"): the delta of a task whose bits are all 1."""
         ones = torch.full(((like.numel() + 7) // 8,), 255, dtype=torch.uint8, device=like.device)
-        return masked(self._snapshot.config, name, _zeros(like), self._ledger(name, like), self._factor, dtype, ones)
+        return self._tensor(name, _zeros(like), ones, dtype)
 
-    def _ledger(self, name: str, like: Tensor) -> dict[str, Tensor]:
-        return ledger_of(self._snapshot, name, self._factor, like.device)
+    def _tensor(self, name: str, base: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self._served.tensor(name, base, self._served.ledger(name, base.device), bits, dtype=dtype)
 
 
 class MixedModule(ABC):

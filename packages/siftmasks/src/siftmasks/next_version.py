@@ -1,10 +1,14 @@
 """The next version of a store, built beside the one that stands: what changes is written, the rest is linked."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Protocol, runtime_checkable
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,17 +19,21 @@ from siftmasks.bits import pack_bits
 from siftmasks.canonical import TensorFile, link, quoted, room_for, write_hashed
 from siftmasks.commitments import Commitment, here
 from siftmasks.exclusive import check_cleared, locked
+from siftmasks.ops.ledger_add import ledger_add_levels, ledger_subtract
 from siftmasks.recorded import RecordedTask, TaskWriter
 from siftmasks.snapshot import BASE, MANIFEST, Manifest, Snapshot, archive_file, ledger_file, mask_file, sidecar_file
 from siftmasks.task_vector import TaskVector
+
+_THREADS = 8
+"""At most: each holds a tensor, and beyond them all would wait for the ledger, to which one adds at a time."""
 
 
 @runtime_checkable
 class Contribution(Protocol):
     """What a task adds to the ledger."""
 
-    def add_to(self, name: str, ledger: dict[str, Tensor]) -> None:
-        """Add one tensor to the parts of the ledger, in place. Called once per tensor, in the order of their names."""
+    def levels(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The levels of one tensor and, in mode "signs", its packed signs. Called once per tensor, in the order of their names."""
 
 
 @contextmanager
@@ -45,7 +53,10 @@ def next_version(path: Path) -> Iterator["NextVersion"]:
 
 
 class NextVersion:
-    """Collects what changes; `finish` writes it. Memory: one tensor of the ledger and of one task, whatever the number of tasks."""
+    """Collects what changes; `finish` writes it.
+
+    Memory: one tensor of the ledger, and of one task per thread, whatever the number of tasks.
+    """
 
     def __init__(self, old: Snapshot, folder: Path):
         self.old, self.config, self._folder = old, old.config, folder
@@ -63,15 +74,7 @@ class NextVersion:
         """Raise `UserError` if there is no task, one that is in the store already, or more than it has room for."""
         if not tasks:
             raise UserError("no task is named")
-        live = {*self.old.tasks} - self._left_out | {*self._writers}
-        for task in tasks:
-            quoted(task)  # refuses what cannot be the name of a file
-            if task in live:
-                raise UserError(f"task {task!r} is in {self.old.path} already: forget it first")
-        if len(live) + len(tasks) > self.config.max_tasks:
-            raise UserError(
-                f"{self.old.path} holds at most {self.config.max_tasks} tasks (max_tasks): forget some, or init a larger store"
-            )
+        self.old.check_new(tasks, {*self.old.tasks} - self._left_out | {*self._writers})
 
     def add(self, task: str, vector: TaskVector) -> None:
         """Add a task. Raises: as `check_new`."""
@@ -155,20 +158,22 @@ class NextVersion:
             tensors = {name: (self.config.dtypes[part], shape) for name, shape in shapes.items()}
             writers[part] = TensorFile(self._folder / ledger_file(part, group), tensors)
         counted = 0
-        for name in shapes:
-            ledger = {part: self._start(part, name, group) for part in self.config.parts}
-            for task, recorded in removed.items():
-                if below := recorded.subtract_from(name, ledger):
-                    raise UserError(
-                        f"{self.old.path}: {below} coordinates of {name} would fall below zero without {task!r}: rebuild"
-                    )
-            for contribution in added:
-                contribution.add_to(name, ledger)
-            if empty and any(part.numpy().any() for part in ledger.values()):
-                raise UserError(f"{self.old.path}: something is left of {name} without any task: rebuild")
-            for part, writer in writers.items():
-                writer.write(name, ledger[part].numpy())
-            counted += int(ledger["count"].numpy().sum(dtype=np.uint64))
+        with _in_threads(len(added)) as mapped:
+            for name in shapes:
+                ledger = {part: self._start(part, name, group) for part in self.config.parts}
+                for task, recorded in removed.items():
+                    levels, signs = recorded.levels(name)
+                    if below := ledger_subtract(levels, **ledger, signs=signs):
+                        raise UserError(
+                            f"{self.old.path}: {below} coordinates of {name} would fall below zero without {task!r}: rebuild"
+                        )
+                for _ in mapped(partial(_add, name, ledger, Lock()), added):
+                    pass  # an error comes up here
+                if empty and any(part.numpy().any() for part in ledger.values()):
+                    raise UserError(f"{self.old.path}: something is left of {name} without any task: rebuild")
+                for part, writer in writers.items():
+                    writer.write(name, ledger[part].numpy())
+                counted += int(ledger["count"].numpy().sum(dtype=np.uint64))
         digests = {ledger_file(part, group): writer.digest() for part, writer in writers.items()}
         return digests, {} if empty else {str(group): counted}
 
@@ -182,3 +187,23 @@ class NextVersion:
         for name in sorted(self.config.tensors):
             levels = vector.levels[name]
             writer.write(name, levels, pack_bits(levels != 0) if vector.signs is None else vector.signs[name])
+
+
+def _add(name: str, ledger: dict[str, Tensor], adding: Lock, contribution: Contribution) -> None:
+    levels, signs = contribution.levels(name)
+    with adding:  # in whatever order they come: integers add up to the same
+        ledger_add_levels(levels, **ledger, signs=signs)
+
+
+@contextmanager
+def _in_threads(tasks: int) -> Iterator[Callable[..., Iterator[None]]]:
+    """Give a `map` that works on several of up to `tasks` things at a time.
+
+    One thing alone is left to the threads of the kernels: several threads that each start others would only wait for each other.
+    """
+    workers = min(tasks, torch.get_num_threads(), _THREADS)
+    if workers < 2:
+        yield map
+        return
+    with ThreadPoolExecutor(workers, initializer=numba.set_num_threads, initargs=(1,)) as pool:
+        yield pool.map

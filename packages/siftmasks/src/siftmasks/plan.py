@@ -36,9 +36,9 @@ class Workload:
     bits: int = 8
     """Bits of a magnitude in the ledger."""
     groups: int = 10
-    """G: ledgers of the policy groups."""
+    """G: ledgers of the policy groups; those beyond T would be empty and are not counted."""
     shards: int = 20
-    """S: models of SISA."""
+    """S: models of SISA; those beyond T would have no task and are not counted."""
     lora_weights: int
     """R: weights of a task's adapter."""
 
@@ -50,6 +50,8 @@ class Workload:
             raise UserError(f"deletions is {self.deletions}: there are {self.tasks} tasks to delete")
         if not 1 <= self.bits <= 16 or self.tasks * (2**self.bits - 1) >= 2**32:
             raise UserError(f"bits is {self.bits}: no ledger of {self.tasks} tasks holds that")
+        for name in ("groups", "shards"):
+            object.__setattr__(self, name, min(getattr(self, name), self.tasks))
 
     @property
     def model(self) -> int:

@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lmcore.cli import Command
+from lmcore.cli import Command, print_table
 from lmcore.errors import UserError
-from siftmasks.tables import print_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +13,8 @@ class Plan(Command):
 
     tasks: int
     """Tasks, such as users."""
+    seed: int = 0
+    """Changes nothing: nothing here is random."""
     deletions_per_month: int
     """Tasks to delete in a month, one by one."""
     parameters: float | None = None
@@ -31,9 +32,9 @@ class Plan(Command):
     bits: int = 8
     """Bits of a magnitude in the ledger."""
     groups: int = 10
-    """Ledgers of the policy groups."""
+    """Ledgers of the policy groups; at most one per task counts."""
     shards: int = 20
-    """Models of SISA."""
+    """Models of SISA; at most one per task counts."""
     lora_rank: int = 16
     """Rank of LoRA on all linear layers."""
     hidden_size: int | None = None

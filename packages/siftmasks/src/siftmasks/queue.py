@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import tqdm
 
 from lmcore.errors import UserError
-from siftmasks.canonical import quoted
 from siftmasks.config import StoreConfig
 from siftmasks.task_data import TaskData, examples_in
 
@@ -47,15 +46,11 @@ def learn_all(
     cannot be read, a loss that is not finite, a process that was killed), `tasks` in the store and its `digest`.
     Raises: `UserError` if the store has no room for all tasks, before any is trained, or the model cannot be loaded.
     """
-    config, live = store.config, {*store.tasks}
+    snapshot = store.snapshot()
+    config, live = snapshot.config, {*snapshot.tasks}
     skipped = [task for task in data.tasks if task in live]
     todo = [task for task in data.tasks if task not in live]
-    for task in todo:
-        quoted(task)
-    if len(live) + len(todo) > config.max_tasks:
-        raise UserError(
-            f"{store.path} has {len(live)} of at most {config.max_tasks} tasks, and {len(todo)} more are to be learned"
-        )
+    snapshot.check_new(todo)
     places = [Place(store.base().path, config, devices[i % len(devices)]) for i in range(min(processes, len(todo)))]
     outcomes = (_in_processes if len(places) > 1 else _here)(places, data, todo)
     queue = _Publisher(store, publish_seconds)
@@ -218,7 +213,7 @@ class _Worker:
 def _work(place: Place, connection: Connection) -> None:
     """What a process does until it is ended, at the latest with the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     tqdm.tqdm.set_lock(threading.RLock())  # the lock that it would make outlives a process that is terminated
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
@@ -233,7 +228,12 @@ def _work(place: Place, connection: Connection) -> None:
             connection.send(outcome if isinstance(outcome, UserError) else _packed(outcome))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Have this process end as soon as the one that started it has ended, however that was."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

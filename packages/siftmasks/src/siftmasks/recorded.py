@@ -1,4 +1,4 @@
-"""The levels and bits of one task on disk, tensor by tensor, as they are added to the ledger and subtracted from it."""
+"""The levels and bits of one task on disk, written and read tensor by tensor."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,6 @@ from lmcore.errors import UserError
 from siftmasks.canonical import TensorFile
 from siftmasks.commitments import commit
 from siftmasks.config import StoreConfig
-from siftmasks.ops.ledger_add import ledger_add_levels, ledger_subtract
 
 
 class TaskWriter:
@@ -56,24 +55,17 @@ class RecordedTask:
         with Checkpoint.open(bits) as opened:
             self._signs = opened.tensors if config.settings.mode == "signs" else None
 
-    def add_to(self, name: str, ledger: dict[str, Tensor]) -> None:
-        """Add one tensor to the parts of the ledger, in place."""
-        ledger_add_levels(self._read(name), ledger["total"], ledger["count"], **self._signed(name, ledger))
-
-    def subtract_from(self, name: str, ledger: dict[str, Tensor]) -> int:
-        """Subtract one tensor in place; returns the number of coordinates that would fall below zero, and then changes nothing."""
-        return ledger_subtract(self._read(name), ledger["total"], ledger["count"], **self._signed(name, ledger))
+    def levels(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The levels of one tensor and, in mode "signs", its packed signs."""
+        return read_tensor(self._levels[name]), None if self._signs is None else read_tensor(self._signs[name])
 
     def commitments(self, key: bytes) -> dict[str, str]:
         """Commit to every tensor under `key`."""
-        signs = {} if self._signs is None else {name: read_tensor(info).numpy() for name, info in self._signs.items()}
-        return {name: commit(key, name, self._read(name).numpy(), signs.get(name)) for name in self._levels}
-
-    def _read(self, name: str) -> Tensor:
-        return read_tensor(self._levels[name])
-
-    def _signed(self, name: str, ledger: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {} if self._signs is None else {"signs": read_tensor(self._signs[name]), "positive": ledger["positive"]}
+        found = {}
+        for name in self._levels:
+            levels, signs = self.levels(name)
+            found[name] = commit(key, name, levels.numpy(), None if signs is None else signs.numpy())
+        return found
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,11 +10,9 @@ from torch import Tensor, nn
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
-from lmcore.random import key
-from siftmasks.base_model import same_bits
+from siftmasks.base_model import base_tensors
 from siftmasks.config import StoreConfig
-from siftmasks.ops.apply_mask import apply_mask
-from siftmasks.served import Scale, scale_factor
+from siftmasks.served import Scale, Served
 from siftmasks.snapshot import Snapshot
 from siftmasks.store import Store
 
@@ -31,18 +30,23 @@ def task(store: Store, name: str | None, model: nn.Module, scale: Scale = "mean"
     not the base (see `base_parameters`).
     """
     snapshot = _snapshot_with(store, name)
-    base, factor = store.base(), scale_factor(snapshot, scale)
+    base, served = store.base(), Served(snapshot, scale)
     with claimed(model, f"task {name!r}" if name is not None else "the maskless model"):
         parameters = base_parameters(model, base, snapshot.config)
         try:
             for tensor, parameter in parameters.items():
-                weight = base.tensor(tensor).to(parameter.device)
-                ledger = ledger_of(snapshot, tensor, factor, parameter.device)
-                _write(parameter, served_tensor(snapshot, tensor, weight, ledger, factor, parameter.dtype, name))
+                device = parameter.device
+                weight, ledger, bits = (
+                    base.tensor(tensor).to(device),
+                    served.ledger(tensor, device),
+                    served.bits(tensor, name, device),
+                )
+                _serve(served, tensor, parameter, weight, ledger, bits)
             yield model
         finally:
-            for tensor, parameter in parameters.items():
-                _write(parameter, base.tensor(tensor))
+            with torch.no_grad():
+                for tensor, parameter in parameters.items():
+                    parameter.copy_(base.tensor(tensor))
 
 
 class Server(AbstractContextManager["Server"]):
@@ -71,14 +75,13 @@ class Server(AbstractContextManager["Server"]):
 
     def __init__(self, store: Store, model: nn.Module, *, scale: Scale = "mean"):
         base, snapshot = store.base(), store.snapshot()
-        scale_factor(snapshot, scale)
-        self._store, self._model, self._scale = store, model, scale
+        self._store, self._scale, self._served = store, scale, Served(snapshot, scale)
         self._claim = claimed(model, "a server's tasks")
         self._claim.__enter__()
         try:
             self._parameters = base_parameters(model, base, snapshot.config)
             self._base = {name: base.tensor(name).to(parameter.device) for name, parameter in self._parameters.items()}
-            self._read(snapshot)
+            self._read_ledger(snapshot)
         except BaseException:
             self._claim.__exit__(None, None, None)
             raise
@@ -94,11 +97,12 @@ class Server(AbstractContextManager["Server"]):
             raise ValueError("this server is closed: make another")
         try:
             snapshot = _snapshot_with(self._store, task)
+            self._served = Served(snapshot, self._scale)
             if snapshot.manifest.digest != self._digest:
-                self._read(snapshot)
+                self._read_ledger(snapshot)
             for name, parameter in self._parameters.items():
-                base, ledger = self._base[name], self._ledger[name]
-                _write(parameter, served_tensor(snapshot, name, base, ledger, self._factor, parameter.dtype, task))
+                bits = self._served.bits(name, task, parameter.device)
+                _serve(self._served, name, parameter, self._base[name], self._ledger[name], bits)
         except BaseException:
             self.restore()
             raise
@@ -107,8 +111,9 @@ class Server(AbstractContextManager["Server"]):
     def restore(self) -> None:
         """Give the model its base weights back; it can be switched again."""
         self.task = None
-        for name, parameter in self._parameters.items():
-            _write(parameter, self._base[name])
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._base[name])
 
     def close(self) -> None:
         """Give the model its base weights back and free the memory."""
@@ -121,67 +126,21 @@ class Server(AbstractContextManager["Server"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, snapshot: Snapshot) -> None:
-        factor = scale_factor(snapshot, self._scale)
-        self._ledger: dict[str, dict[str, Tensor]] = {
-            name: ledger_of(snapshot, name, factor, parameter.device) for name, parameter in self._parameters.items()
-        }
-        self._digest, self._factor = snapshot.manifest.digest, factor
-
-
-def ledger_of(snapshot: Snapshot, name: str, factor: float | None, device: torch.device) -> dict[str, Tensor]:
-    """Return the parts of the ledger that one tensor is served from: N, C without a factor, P in mode "signs"."""
-    parts = [part for part in snapshot.config.parts if part != "count" or factor is None]
-    return {part: snapshot.ledger(part, name).to(device) for part in parts}
-
-
-def served_tensor(
-    snapshot: Snapshot, name: str, base: Tensor, ledger: Mapping[str, Tensor], factor: float | None, dtype: torch.dtype,
-    task: str | None,
-) -> Tensor:  # fmt: skip
-    """Return one tensor as it is served for a task (None: the maskless model), from what `ledger_of` gives; of zeros, its delta."""
-    bits = None if task is None else snapshot.mask(task, name).to(base.device)
-    return masked(snapshot.config, name, base, ledger, factor, dtype, bits)
-
-
-def masked(
-    config: StoreConfig, name: str, base: Tensor, ledger: Mapping[str, Tensor], factor: float | None, dtype: torch.dtype,
-    bits: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Return what `served_tensor` does, for any bits."""
-    signed, settings = config.settings.mode == "signs", config.settings
-    return apply_mask(
-        base, ledger["total"], bits, step=settings.grid.step, scale=factor, key=None if signed else key(settings.seed, name),
-        count=ledger.get("count"), positive=ledger.get("positive") if bits is None else None, dtype=dtype,
-    )  # fmt: skip
+    def _read_ledger(self, snapshot: Snapshot) -> None:
+        self._ledger = {name: self._served.ledger(name, parameter.device) for name, parameter in self._parameters.items()}
+        self._digest = snapshot.manifest.digest
 
 
 def base_parameters(model: nn.Module, base: Checkpoint, config: StoreConfig) -> dict[str, nn.Parameter]:
     """Return the trained parameters of a model by their names in the base, once its weights are known to be the base's, bit for bit.
 
     The model may be in another dtype than the base, each weight rounded once, as transformers loads it.
-    Raises: `UserError` naming a parameter that only one of them has, that is on no device, or whose shape or bits differ.
+    Raises: `UserError` naming a trained parameter that the model lacks; else as `base_model.base_tensors`.
     """
-    state = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():  # a tied weight is there under all its names, saved under one
-        names.setdefault(id(tensor), []).append(name)
-    load_it = f"load the model from {base.path}"
-    for parameter in model.parameters():
-        if not any(name in base.tensors for name in names[id(parameter)]):
-            raise UserError(f"the model has {names[id(parameter)][0]}, which the base lacks: {load_it}")
-    for name in config.tensors:
-        if name not in state:
-            raise UserError(f"the model lacks {name}, which the tasks train: {load_it}")
-    for name in state.keys() & base.tensors.keys():
-        tensor, shape = state[name].detach(), base.tensors[name].shape
-        if tensor.is_meta:
-            raise UserError(f"{name} of the model is on no device: load it without offloading")
-        if tensor.shape != shape:
-            raise UserError(f"{name} of the model has the shape {[*tensor.shape]}, that of the base {[*shape]}: {load_it}")
-        if not same_bits(tensor, base.tensor(name).to(tensor.device, tensor.dtype)):
-            raise UserError(f"{name} of the model is not that of the base: {load_it}")
-    return {name: state[name] for name in config.tensors}
+    tensors: dict[str, Any] = base_tensors(model, base)
+    if missing := [name for name in config.tensors if name not in tensors]:
+        raise UserError(f"the model lacks {missing[0]}, which the tasks train: load the model from {base.path}")
+    return {name: tensors[name] for name in config.tensors}
 
 
 @contextmanager
@@ -206,6 +165,13 @@ def _snapshot_with(store: Store, task: str | None) -> Snapshot:
     return snapshot
 
 
-def _write(parameter: nn.Parameter, weight: Tensor) -> None:
+def _serve(
+    served: Served, name: str, parameter: nn.Parameter, base: Tensor, ledger: Mapping[str, Tensor], bits: Tensor | None
+) -> None:
+    """Write a served tensor to a parameter, without another in between unless its memory has gaps or another order."""
     with torch.no_grad():
-        parameter.copy_(weight)
+        if parameter.is_contiguous():
+            served.tensor(name, base, ledger, bits, out=parameter.detach())
+            torch.autograd.graph.increment_version(parameter)  # so that no gradient is computed with weights that are gone
+        else:
+            parameter.copy_(served.tensor(name, base, ledger, bits, dtype=parameter.dtype))

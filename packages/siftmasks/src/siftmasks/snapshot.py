@@ -1,5 +1,6 @@
 """One version of a store, for reading: every byte of it is checked against the manifest before it is used."""
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 BASE = "base.json"
 """Where the base model was found: not canonical, since the model may move."""
+MEND = "bring a backup back with `siftmasks restore`, or make the ledgers anew with `siftmasks forget --rebuild`"
+"""What helps against damage, in words for an error message."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,21 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The bytes of the file."""
         return to_json({"files": dict(self.files), "tasks": self.tasks, "counts": dict(self.counts)})
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read the file. Raises: `UserError` if it is damaged."""
+        try:
+            fields, data = read_json(path)
+            manifest = cls(dict(fields["files"]), int(fields["tasks"]), dict(fields["counts"]))
+            sound = len(manifest.names) == manifest.tasks and data == manifest.to_bytes()
+        except UserError as error:
+            raise UserError(f"{error}. {_RESTORE}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {type(error).__name__} {error}. {_RESTORE}") from None
+        if not sound:
+            raise UserError(f"{path} is damaged: it is not as siftmasks writes it. {_RESTORE}")
+        return manifest
 
     @property
     def digest(self) -> str:
@@ -61,17 +79,20 @@ class Snapshot:
         if not (path / MANIFEST).is_file():
             fault = f"has no {MANIFEST}" if path.is_dir() else "does not exist"
             raise UserError(f"{path} is not a store: it {fault}")
-        fields, data = read_json(path / MANIFEST)
-        try:
-            self.manifest = Manifest(dict(fields["files"]), int(fields["tasks"]), dict(fields["counts"]))
-            self.tasks = self.manifest.names
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST} is damaged: {type(error).__name__} {error}") from None
-        if len(self.tasks) != self.manifest.tasks or data != self.manifest.to_bytes():
-            raise UserError(f"{path / MANIFEST} is damaged: it is not as siftmasks writes it")
         self.path = path
+        self.manifest = Manifest.read(path / MANIFEST)
+        self.tasks = self.manifest.names
         self.config = StoreConfig.read(self.file("config.json"))
         self._opened: dict[str, Checkpoint] = {}
+
+    def base(self) -> str:
+        """Where the base model was at `init`. Raises: `UserError` if `base.json` is missing or damaged."""
+        path = self.path / BASE
+        fields, data = read_json(path)
+        place = fields.get("base")
+        if not isinstance(place, str) or data != base_to_bytes(place):
+            raise UserError(f"{path} is damaged: its checksum does not match")
+        return place
 
     def file(self, name: str) -> Path:
         """The path of a canonical file, once its bytes are those of the manifest."""
@@ -83,8 +104,19 @@ class Snapshot:
         if not sound:
             if Path(self.path, MANIFEST).read_bytes() != self.manifest.to_bytes():
                 raise UserError(f"{self.path} was changed by another process meanwhile: try again")
-            raise UserError(f"{path} is damaged or missing: it does not match {MANIFEST}. Restore a backup, or rebuild")
+            raise UserError(f"{path} is damaged or missing: it does not match {MANIFEST}. {_FIND}")
         return path
+
+    def check_new(self, tasks: Collection[str], live: Collection[str] | None = None) -> None:
+        """Raise `UserError` if a task is among the `live` ones (None: those in the store), or there is no room for all of them."""
+        live = self.tasks if live is None else live
+        for task in tasks:
+            quoted(task)  # refuses what cannot be the name of a file
+            if task in live:
+                raise UserError(f"task {task!r} is in {self.path} already: forget it first")
+        if len(live) + len(tasks) > self.config.max_tasks:
+            room = f"{self.path} has {len(live)} of at most {self.config.max_tasks} tasks"
+            raise UserError(f"{room}, and {len(tasks)} more are to be learned: forget some, or init a larger store")
 
     def require(self, tasks: Collection[str]) -> None:
         """Raise `UserError` if there is no task, or one that is not in the store."""
@@ -126,14 +158,31 @@ class Snapshot:
         return self._tensors(mask_file(task)).tensor(name)
 
     def commitment(self, task: str) -> Commitment:
-        """The commitment of a task."""
-        return Commitment.read(self.path / sidecar_file(task))
+        """The commitment of a task. Raises: `UserError` if it is missing or damaged."""
+        try:
+            return Commitment.read(self.path / sidecar_file(task))
+        except UserError as error:
+            raise UserError(f"{error}. {_FIND}") from None
 
     def _tensors(self, file: str) -> Checkpoint:
         if file not in self._opened:
             self._opened[file] = Checkpoint.open(self.file(file))
             self.file(file)  # a new version may have replaced it just before it was opened; now it stays open
         return self._opened[file]
+
+
+def base_to_bytes(place: str) -> bytes:
+    """The bytes of `base.json`, with their own checksum."""
+    return to_json({"base": place, "checksum": sha256(to_json({"base": place})).hexdigest()})
+
+
+def in_one_line(task: str) -> str:
+    r"""Return a task's id as people read it, as a JSON string if it has characters that do not print.
+
+    >>> print(in_one_line("alice"), in_one_line("two\nlines"))
+    alice "two\nlines"
+    """
+    return task if task.isprintable() and not task.startswith('"') else json.dumps(task)
 
 
 def mask_file(task: str) -> str:
@@ -154,3 +203,7 @@ def sidecar_file(task: str) -> str:
 def ledger_file(part: str, group: int) -> str:
     """The file of one part of a group's ledger, in the store."""
     return f"ledger/{part}-{group}.safetensors"
+
+
+_FIND = f"Find all that is damaged with `siftmasks check`, then {MEND}"
+_RESTORE = "Bring a backup back with `siftmasks restore`"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from lmcore.record import published
-from siftmasks.canonical import from_json, room_for, to_json, write_hashed
+from siftmasks.canonical import room_for, write_hashed
 from siftmasks.certificate import check_place, write_certificate
 from siftmasks.config import Policy, StoreConfig
 from siftmasks.exclusive import check_cleared, clear, locked
 from siftmasks.settings import SiftSettings
-from siftmasks.snapshot import BASE, MANIFEST, Manifest, Snapshot
+from siftmasks.snapshot import BASE, MANIFEST, Manifest, Snapshot, base_to_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -85,10 +85,10 @@ class Store:
         with open_base(os.fspath(base)) as checkpoint:
             tensors = trainable_tensors(checkpoint, settings, trainable)
             config = StoreConfig.new(settings, max_tasks, policy, groups, tensors, base_sha256(checkpoint))
-            found = {"base": str(checkpoint.path.resolve())}
+            found = base_to_bytes(str(checkpoint.path.resolve()))
         with locked(path, new=True), room_for(path), published(path) as folder:
             files = {"config.json": write_hashed(folder / "config.json", config.to_bytes())}
-            write_hashed(folder / BASE, to_json(found))
+            write_hashed(folder / BASE, found)
             write_hashed(folder / MANIFEST, Manifest(files, 0, {}).to_bytes())
         return cls(path, base)
 
@@ -136,10 +136,12 @@ class Store:
 
         if self._base is None:
             try:
-                source = self._source or from_json(self.path / BASE).get("base", "")
+                source = self._source or self.snapshot().base()
                 checkpoint = open_base(os.fspath(source))
             except UserError as error:
-                raise UserError(f"the base of {self.path} cannot be read ({error}): open the store with base=") from None
+                raise UserError(
+                    f"the base of {self.path} cannot be read ({error}): open the store with base=, or pass --base"
+                ) from None
             if base_sha256(checkpoint) != self.config.base:
                 raise UserError(f"{source} is not the base of {self.path}: its tensors have another hash")
             self._base = checkpoint
@@ -302,7 +304,14 @@ class Store:
 
     @staticmethod
     def _certify(place: Path | None, version: Snapshot, methods: set[str], note: str | None) -> "dict[str, Any] | None":
-        return None if place is None else write_certificate(place, version, methods, note)
+        if place is None:
+            return None
+        try:
+            return write_certificate(place, version, methods, note)
+        except OSError as error:
+            raise UserError(
+                f"{version.path} is complete, but {place} could not be written ({error.strerror}): run `siftmasks certify` for it"
+            ) from None
 
 
 def _named(tasks: Collection[str]) -> list[str]:

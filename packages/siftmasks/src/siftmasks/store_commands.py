@@ -1,6 +1,7 @@
 """The commands that make, name, check and copy a store; and what all commands share that open one."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,8 @@ class StoreCommand(Command):
 
     store: tyro.conf.Positional[Path]
     """Folder of the store."""
+    seed: int = 0
+    """Changes nothing: all that is random follows from the seed that `init` fixed."""
 
     def opened(self) -> "Store":
         """The store. Raises: `UserError` as `Store.open` does."""
@@ -40,7 +43,11 @@ class BaseCommand(StoreCommand):
         """The store; its base is looked for, and its hash compared, when it is needed."""
         from siftmasks.store import Store
 
-        return Store.open(self.store, base=self.base)
+        store = Store.open(self.store, base=self.base)
+        fixed = store.config.settings.seed
+        if self.seed not in (0, fixed):
+            warnings.warn(f"--seed {self.seed} changes nothing: `init` fixed the seed {fixed}", stacklevel=2)
+        return store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,8 @@ class Init(Command):
 
     store: tyro.conf.Positional[Path]
     """Folder of the store, which must not exist."""
+    seed: int = 0
+    """Seed of the sign vector, and of the batches and dropout of every task."""
     base: str
     """Folder, file or Hub id of the base model, or smollm2, the packaged one."""
     max_tasks: int = 255
@@ -155,9 +164,11 @@ class Tasks(StoreCommand):
         return {"tasks": store.tasks, "max_tasks": store.config.max_tasks}
 
     def show(self, result: dict[str, Any]) -> None:
-        """Print one id per line."""
+        """Print one id per line, as a JSON string if it would not be one line or not be seen."""
+        from siftmasks.snapshot import in_one_line
+
         for task in result["tasks"]:
-            print(task)
+            print(in_one_line(task))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +218,8 @@ class Restore(Command):
     """Folder that `siftmasks backup` wrote."""
     store: tyro.conf.Positional[Path]
     """Folder of the store, which must not exist."""
+    seed: int = 0
+    """Changes nothing: nothing here is random."""
 
     def run(self) -> dict[str, Any]:
         """Copy, and return digest and number of tasks."""

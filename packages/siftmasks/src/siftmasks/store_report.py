@@ -11,6 +11,7 @@ import numpy as np
 
 from lmcore.checkpoint import DTYPES
 from siftmasks.config import StoreConfig
+from siftmasks.snapshot import in_one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,7 +156,7 @@ def write_report(path: Path, result: Json) -> None:
     shown = {**settings, **fixed, **{f"dtype of {part}": dtype for part, dtype in config["dtypes"].items()}}
     page.table([{"setting": key, "value": str(value)} for key, value in shown.items()], "Fixed when the store was made.")
     page.section("Tasks")
-    page.text(", ".join(tasks) or "None.")
+    page.text(", ".join(map(in_one_line, tasks)) or "None.")
     page.write(path)
 
 
@@ -181,12 +182,12 @@ def density_figure(result: Json) -> "Figure":
 
 def overlap_figure(result: Json) -> "Figure":
     """A square per pair of tasks."""
-    tasks = result["overlap"]["tasks"]
+    tasks = [in_one_line(task) for task in result["overlap"]["tasks"]]
     side = max(2.5, 1.2 + 0.22 * len(tasks))
     figure, axes = _figure(side, width=side + 0.8)
     image = axes.imshow(result["overlap"]["measured"], vmin=0, vmax=1, cmap="Blues")
-    axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=7, parse_math=False)
     figure.colorbar(image)
     return figure
 

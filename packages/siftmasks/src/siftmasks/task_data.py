@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
-
 from lmcore.errors import UserError
-from siftmasks.examples import Example, examples_of, numbered_lines, parse, read_examples
+from siftmasks.examples import Example, Line, examples_of, named, read_examples, read_lines
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
 
@@ -42,7 +40,8 @@ def open_data(path: Path, only: str | None = None) -> TaskData:
     """Find the tasks of a folder of TASK.jsonl or TASK.jsonl.gz files, or of one such file whose lines have the key `task`.
 
     Other files of the folder are left alone; the files of tasks are read when they are asked for, a single file is read at once. `only`
-    names the task that a file without the key belongs to. Lines are as for `examples.read_examples`, with ids unique within each task.
+    names the task that a file without the key belongs to. Lines are as for `examples.read_examples`, with ids unique within each task; a
+    task may be a whole number there, as an id may.
 
     Raises: `UserError` naming the path if it holds no task, or two files of one; naming file and line for what cannot be read or names
     no task.
@@ -69,18 +68,13 @@ def examples_in(held: Path | Sequence[Example]) -> Sequence[Example]:
 
 
 def _tasks_of_file(path: Path, only: str | None) -> dict[str, Path | Sequence[Example]]:
-    lines: dict[str | None, list[tuple[int, bytes]]] = {}
-    for number, line in numbered_lines(path):
-        where = f"{path}, line {number}"
-        parse(where, line)
-        task = orjson.loads(line).get("task")
-        if not (task is None or (isinstance(task, str) and task)):
-            raise UserError(f"{where}: task is {str(task)[:40]!r}, not a string with a character in it")
-        lines.setdefault(task, []).append((number, line))
+    lines: dict[str | None, list[Line]] = {}
+    for line in read_lines(path):
+        lines.setdefault(named(f"{path}, line {line.number}", "task", line.task), []).append(line)
     if not lines:
         raise UserError(f"{path} holds no example")
     if None in lines and (only is None or len(lines) > 1):
         raise UserError(
-            f"{path}, line {lines[None][0][0]}: names no task: every line needs the key task, or none where one task is asked for"
+            f"{path}, line {lines[None][0].number}: names no task: every line needs the key task, or none where one task is asked for"
         )
     return {task or only or "": examples_of(path, own) for task, own in lines.items()}

@@ -3,13 +3,15 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lmcore.errors import UserError
 from siftmasks.canonical import room_for
-from siftmasks.exclusive import locked, scratch
+from siftmasks.checking import check
+from siftmasks.exclusive import Unwritable, locked, scratch
 from siftmasks.learning import contribute_checkpoints
 from siftmasks.next_version import NextVersion
 from siftmasks.snapshot import Snapshot
@@ -31,11 +33,14 @@ class Verification:
 
 
 def verify(path: Path, training: Training, checkpoints: Mapping[str, str | os.PathLike[str]]) -> Verification:
-    """Learn all tasks again into an empty store beside this one, which is then removed, and compare.
+    """Learn all tasks again into an empty store, which is then removed, and compare.
 
-    Raises: `UserError` if data of a task are missing, or there are data of a task that is not in the store.
+    It takes as much room as the store, beside which it is made; if nothing can be written there, in a folder for temporary files (in
+    TMPDIR), which a killed process leaves behind. Raises: `UserError` if a file of the store is not as its manifest has it, if data of a
+    task are missing, or there are data of a task that is not in the store.
     """
-    with locked(path), room_for(path), _scratch(path) as folder:
+    with _scratch(path) as folder, room_for(folder):
+        check(path)
         old = Snapshot(path)
         given = {*training.examples, *checkpoints}
         if given != {*old.tasks}:
@@ -58,9 +63,14 @@ def verify(path: Path, training: Training, checkpoints: Mapping[str, str | os.Pa
 
 @contextlib.contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    folder = scratch(path) / path.name
-    folder.mkdir(parents=True)
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        try:
+            at_the_end.enter_context(locked(path))  # whoever writes here next clears what a kill leaves
+            place = scratch(path)
+            place.mkdir()
+            at_the_end.callback(shutil.rmtree, place)
+        except (Unwritable, PermissionError):
+            place = Path(at_the_end.enter_context(tempfile.TemporaryDirectory(prefix="siftmasks-verify-")))
+        folder = place / path.name
+        folder.mkdir()
         yield folder
-    finally:
-        shutil.rmtree(scratch(path))

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo
+from lmcore.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, copy_model_files
 from lmcore.errors import UserError
 from lmcore.record import published, write_json
-from wiseft.card import Named, copy_model_files, write_card
+from wiseft.card import RECIPE, Named, write_card
 from wiseft.ops.lerp.numpy import BITS, decode, encode
 from wiseft.plan import read_model_json
 from wiseft.stream import digest_line, total_digest
@@ -83,7 +83,7 @@ def merge_adapters(
                 tensors[other] = ends[1] + delta * (ends[0] - ends[1])
             digest = _write(place, late, tensors)
             ranks = {_module(a_name): tensors[a_name].shape[0] for a_name, _ in pairs}
-            copy_model_files(late, place)
+            copy_model_files(late, place, leave=[RECIPE])
             write_json(place / "adapter_config.json", config | _scale_one(ranks))
             write_card(
                 place, out / name, METHOD, sources, [_digest(early), _digest(late)], {"delta": delta, "rank": rank}, digest

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from lmcore.record import write_atomically, write_json
-from wiseft.plan import model_folder, read_json
+from wiseft.plan import read_json
 
 RECIPE = "wiseft.json"
 
@@ -23,23 +22,6 @@ class Named:
     role: str
     given: str
     checkpoint: Checkpoint
-
-
-_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
-_LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", RECIPE)
-
-
-def copy_model_files(late: Checkpoint, folder: Path, dtype: str | None = None) -> None:
-    """Copy config, tokenizer and generation files; `dtype` (float32, bfloat16, float16) replaces the one in config.json."""
-    source = model_folder(late)
-    for pattern in _CARRIED:
-        for path in sorted(source.glob(pattern)) if source else ():
-            if path.is_file() and path.name not in _LEFT_BEHIND and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
-    config = read_json(folder / "config.json")
-    if config and dtype:
-        config.pop("torch_dtype", None)
-        write_json(folder / "config.json", config | {"dtype": dtype})
 
 
 def write_card(
@@ -107,7 +89,7 @@ def check_overwrite(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{out} exists: choose another --out or pass --overwrite")
-    if out.is_dir() and any(out.iterdir()) and not (any(out.glob(RECIPE)) or any(out.glob(f"*/{RECIPE}"))):
+    if out.is_dir() and not (out / RECIPE).is_file() and not all((part / RECIPE).is_file() for part in out.iterdir()):
         raise UserError(
             f"{out} was not written by wiseft, so --overwrite does not replace it: remove it or choose another --out"
         )

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmcore.checkpoint import Checkpoint, CheckpointWriter, shards_like
+from lmcore.checkpoint import Checkpoint, CheckpointWriter, copy_model_files, shards_like
 from lmcore.errors import UserError
 from lmcore.record import published
 from wiseft import stream
-from wiseft.card import Named, check_overwrite, copy_model_files, write_card
+from wiseft.card import RECIPE, Named, check_overwrite, write_card
 from wiseft.ops.lerp.numpy import BITS
 from wiseft.plan import DTYPE_NAMES, Missing, Plan, Step, check_delta, plan, read_model_json
 
@@ -166,7 +166,7 @@ def _publish(
             writers = []
             for name, options in outputs.items():
                 (folder / name).mkdir(exist_ok=True)
-                copy_model_files(late, folder / name, options["dtype"])
+                copy_model_files(late, folder / name, options["dtype"], leave=[RECIPE])
                 index = (late.index or {}).get("metadata")
                 index = index if isinstance(index, dict) else {} if late.index else None
                 writer = CheckpointWriter(folder / name, todo.shards, metadata=late.metadata, index_metadata=index)

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lmcore.cli import Command
+from lmcore.cli import Command, print_table
 from lmcore.errors import UserError
 from wiseft.formats import Format
-from wiseft.tables import print_table
 
 if TYPE_CHECKING:
     from wiseft.samples import Samples

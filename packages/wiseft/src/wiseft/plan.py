@@ -219,17 +219,9 @@ def _token_ids(checkpoint: Checkpoint) -> dict[str, int]:
         raise UserError(f"{checkpoint.path}: tokenizer.json is not one of the tokenizers library ({error!r})") from None
 
 
-def model_folder(checkpoint: Checkpoint) -> Path | None:
-    """The folder of a checkpoint's config and tokenizer; None for a loose file that is not named as part of a model."""
-    if checkpoint.path.is_dir():
-        return checkpoint.path
-    return checkpoint.path.parent if checkpoint.path.name.startswith(("model.", "adapter_model.")) else None
-
-
 def read_model_json(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     """A JSON object of the model that a checkpoint belongs to, None where there is none."""
-    folder = model_folder(checkpoint)
-    return read_json(folder / name) if folder else None
+    return read_json(checkpoint.folder / name) if checkpoint.folder else None
 
 
 def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any] | None:

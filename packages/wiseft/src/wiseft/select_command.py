@@ -5,8 +5,8 @@ from typing import Any
 
 import tyro
 
+from lmcore.cli import print_table
 from wiseft.sampling_options import SamplingCommand
-from wiseft.tables import print_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,17 +25,11 @@ def fill(out: Tensor, kind: str, key: tuple[int, int], start: int) -> None:
 def philox(k0: int, k1: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the four words that ten rounds make of a key of two words and counters of four."""
     for _ in range(10):
-        (high0, low0), (high2, low2) = _multiply(c0, 0xD2511F53), _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around: the 64 bits are right, the uppermost is its sign
+        c0, c1 = (p2 >> 32 & 0xFFFFFFFF) ^ c1 ^ k0, p2 & 0xFFFFFFFF
+        c2, c3 = (p0 >> 32 & 0xFFFFFFFF) ^ c3 ^ k1, p0 & 0xFFFFFFFF
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return c0, c1, c2, c3
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Return the upper and lower 32 bits of a 64-bit product, by halves of `factor` so that int64 never overflows."""
-    upper, lower = word * (factor >> 16), word * (factor & 0xFFFF)
-    middle = lower + ((upper & 0xFFFF) << 16)
-    return (upper >> 16) + (middle >> 32), middle & 0xFFFFFFFF
 
 
 @cache

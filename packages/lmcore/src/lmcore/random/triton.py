@@ -1,4 +1,4 @@
-"""Philox4x32-10 in Triton. Kernels that call `words` and `as_normal` need `enable_fp_fusion=False` to get the same bits."""
+"""Philox4x32-10 in Triton. Normals need `enable_fp_fusion=False` to get the same bits."""
 
 import torch
 import triton
@@ -22,13 +22,6 @@ def words(key, counter):
     return tl.interleave(tl.interleave(lane0, lane2), tl.interleave(lane1, lane3))
 
 
-@triton.jit
-def as_normal(word, table):
-    """Interpolate the table of normal quantiles at each word."""
-    low, high = tl.load(table + (word >> 16)), tl.load(table + (word >> 16) + 1)
-    return low + (high - low) * ((word & 0xFFFF).to(tl.float32) * 2.0**-16)
-
-
 @triton.jit(do_not_specialize=["key", "start"])
 def _fill(out, stride, table, key: tl.uint64, start: tl.int64, size, KIND: tl.constexpr, COUNTERS: tl.constexpr = 512):
     first = start // 4 + tl.program_id(0).to(tl.int64) * COUNTERS
@@ -38,5 +31,6 @@ def _fill(out, stride, table, key: tl.uint64, start: tl.int64, size, KIND: tl.co
     if KIND == "uniform":
         number = (word >> 8).to(tl.float32) * 2.0**-24
     elif KIND == "normal":
-        number = as_normal(word, table)
+        low, high = tl.load(table + (word >> 16)), tl.load(table + (word >> 16) + 1)
+        number = low + (high - low) * ((word & 0xFFFF).to(tl.float32) * 2.0**-16)
     tl.store(out + offset * stride, number.to(out.dtype.element_ty), (offset >= 0) & (offset < size))

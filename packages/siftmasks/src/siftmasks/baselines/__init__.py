@@ -7,9 +7,9 @@ task, whatever the number of tasks. Arithmetic is float32, sums in the order of 
 
 from siftmasks.baselines.localized import bitdelta, consensus, emr, local, mask_only, tall_masks
 from siftmasks.baselines.merged import Merged, average, breadcrumbs, dare, task_arithmetic, ties
-from siftmasks.baselines.vectors import CheckpointVectors, Served, Vectors, VectorsInMemory
+from siftmasks.baselines.vectors import Served, Vectors, VectorsInMemory
 
 __all__ = [
-    "CheckpointVectors", "Merged", "Served", "Vectors", "VectorsInMemory",
+    "Merged", "Served", "Vectors", "VectorsInMemory",
     "average", "bitdelta", "breadcrumbs", "consensus", "dare", "emr", "local", "mask_only", "tall_masks", "task_arithmetic", "ties",
 ]  # fmt: skip

@@ -1,16 +1,10 @@
 """Where task vectors come from, and what a method makes of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-
-from lmcore.checkpoint import Checkpoint
-from lmcore.errors import UserError
-
-_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 @runtime_checkable
@@ -52,34 +46,6 @@ class VectorsInMemory:
     def read(self, task: str, name: str) -> Tensor:
         """One tensor of a task vector, float32."""
         return self.tensors[task][name].float()
-
-
-class CheckpointVectors:
-    """The task vectors of fine-tuned checkpoints, `float32(theta_t) - float32(theta_0)`, read from the disk whenever they are asked for.
-
-    Floating-point tensors only. Beside the base, which stays open, one checkpoint is open at a time, headers included.
-    Raises: `UserError` if a checkpoint lacks a tensor of the base model or has it in another shape.
-    """
-
-    def __init__(self, base: str | PathLike[str], tasks: Mapping[str, str | PathLike[str]]):
-        self._base, self._tuned = Checkpoint.open(base), tasks
-        self.tasks = [*tasks]
-        self.names = [name for name, info in self._base.tensors.items() if info.dtype in _FLOATING]
-        for source in tasks.values():
-            with Checkpoint.open(source) as tuned:
-                self._check(tuned)
-
-    def read(self, task: str, name: str) -> Tensor:
-        """One tensor of a task vector, float32."""
-        with Checkpoint.open(self._tuned[task]) as tuned:
-            return tuned.tensor(name).float() - self._base.tensor(name).float()
-
-    def _check(self, tuned: Checkpoint) -> None:
-        for name in self.names:
-            expected, found = self._base.tensors[name].shape, tuned.tensors.get(name)
-            if found is None or found.shape != expected:
-                has = "no such tensor" if found is None else f"shape {[*found.shape]}"
-                raise UserError(f"{tuned.path}: tensor {name} has shape {[*expected]} in {self._base.path}, here {has}")
 
 
 def sum_over_tasks(vectors: Vectors, name: str, of: Callable[[str, str], Tensor]) -> Tensor:

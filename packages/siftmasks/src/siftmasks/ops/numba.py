@@ -79,34 +79,22 @@ def store_floats(values, tensor, first):
 
 
 @njit(cache=True, nogil=True)
-def load_integers(tensor, first, buffer):
-    """Return the unsigned integers from flat index `first` on as uint32: where they lie if they are uint32, else in `buffer`."""
+def load_integers(tensor, first, out):
+    """Fill `out`, unsigned and at least as wide, with the integers from flat index `first` on."""
     data, code = tensor
-    size = len(buffer)
+    size = len(out)
     if code == 5:
-        return data[4 * first : 4 * (first + size)].view(np.uint32)
-    if code == 4:
+        longs = data[4 * first : 4 * (first + size)].view(np.uint32)
+        for i in range(size):
+            out[i] = longs[i]
+    elif code == 4:
         shorts = data[2 * first : 2 * (first + size)].view(np.uint16)
         for i in range(size):
-            buffer[i] = shorts[i]
+            out[i] = shorts[i]
     else:
+        bytes_ = data[first : first + size]  # an index `first + i` might be negative, for all that numba knows: no vectors
         for i in range(size):
-            buffer[i] = data[first + i]
-    return buffer
-
-
-@njit(cache=True, nogil=True)
-def store_integers(values, tensor, first):
-    """Write integers in a buffer from flat index `first` on; uint32 are there already."""
-    data, code = tensor
-    size = len(values)
-    if code == 4:
-        shorts = data[2 * first : 2 * (first + size)].view(np.uint16)
-        for i in range(size):
-            shorts[i] = values[i]
-    elif code == 3:
-        for i in range(size):
-            data[first + i] = values[i]
+            out[i] = bytes_[i]
 
 
 @njit(cache=True, nogil=True)
@@ -128,14 +116,6 @@ def load_words(packed, first, words):
     words[whole:] = 0
     for i in range(start + 4 * whole, min(len(packed), start + 4 * len(words))):
         words[whole] |= np.uint32(packed[i]) << np.uint32(8 * (i - start - 4 * whole))
-
-
-@njit(cache=True, nogil=True)
-def store_words(words, packed, first):
-    """Write the bytes of `words` as the bits from flat index `first`, a multiple of 8, on, as far as there are bytes."""
-    start = first // 8
-    for i in range(min(4 * len(words), len(packed) - start)):
-        packed[start + i] = words[i // 4] >> np.uint32(8 * (i % 4)) & np.uint32(0xFF)
 
 
 @njit(cache=True, nogil=True)

@@ -45,18 +45,19 @@ def _chunk(base, total, bits, count, positive, given, key0, key1, factor, out, w
     magnitude, buffers = np.empty(BLOCK, np.float32), np.empty((2, BLOCK), np.float32)
     for first in range(start, stop, BLOCK):
         size = min(BLOCK, stop - first)
-        n = load_integers(total, first, integers[0, :size])
+        n, p = integers[0, :size], integers[1, :size]
+        load_integers(total, first, n)
         if with_positive:
-            p = load_integers(positive, first, integers[1, :size])
+            load_integers(positive, first, p)
             for i in range(size):
                 magnitude[i] = np.float32(2 * np.int64(p[i]) - np.int64(n[i])) * factor
         else:
             for i in range(size):
                 magnitude[i] = np.float32(n[i]) * factor
         if with_count:
-            c = load_integers(count, first, integers[0, :size])
+            load_integers(count, first, n)
             for i in range(size):
-                magnitude[i] = magnitude[i] / np.float32(c[i]) if c[i] > 0 else np.float32(0)
+                magnitude[i] = magnitude[i] / np.float32(n[i]) if n[i] > 0 else np.float32(0)
         factors(mask[(first - start) // 32 :], sign[(first - start) // 32 :], signed)
         weight = load_floats(base, first, buffers[0, :size])
         served = place_floats(out, first, buffers[1, :size])  # not the same buffer: that would not be vectorised

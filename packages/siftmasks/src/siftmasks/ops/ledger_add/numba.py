@@ -1,128 +1,225 @@
-"""The ledger in single passes: blocks in the first-level cache, integers as uint32 whatever the dtypes."""
+"""The ledger in single passes: blocks in the first-level cache, each loop over integers of one width so that it is vectorised.
+
+A caller that has threads of its own sets numba to one thread in each of them (`numba.set_num_threads`): loops then start no others.
+"""
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
-from siftmasks.ops.numba import BLOCK, CHUNK, load_floats, load_integers, load_words, raw, store_integers, store_words
+from siftmasks.ops.numba import BLOCK, CHUNK, draw_words, load_floats, load_integers, load_words, raw
 
 ROUNDER = np.float32(2.0**23)
 """Added to a float32 below 2**22, it rounds to an integer, half to even, which the low bits then hold."""
+GATHER = np.uint64(0x0102040810204080)
+"""The product with 8 bytes of 0 or 1 has these bits, the first byte's lowest, in its upper byte."""
 
 
-def quantize(task_vector, grid, signed):
-    """Return levels, packed bits and how many coordinates saturate and are not finite (their levels mean nothing)."""
-    levels = torch.empty_like(task_vector, dtype=grid.level_dtype)
-    packed = torch.empty((levels.numel() + 7) // 8, dtype=torch.uint8)
-    arguments = raw(task_vector), levels.numel(), np.float32(1 / grid.step), grid.largest, signed, raw(levels), packed.numpy()
-    seen = _quantize(*arguments) if levels.numel() > CHUNK else _quantize_chunk(*arguments, 0)
-    return levels, packed, int(seen[0]), int(seen[1])
+def quantize(weight, base, key, grid, signed):
+    """See `reference.quantize`. Each chunk sums for itself: so the sums of squares do not depend on the number of threads."""
+    size = weight.numel()
+    levels = torch.empty_like(weight, dtype=grid.level_dtype)
+    packed, seen = torch.empty((size + 7) // 8, dtype=torch.uint8), np.zeros(((size + CHUNK - 1) // CHUNK, 4))
+    given = (base is not None, key is not None, signed)
+    arguments = raw(weight), raw(base), given, *(key or (0, 0)), np.float32(1 / grid.step), grid.largest
+    outputs = raw(levels), packed.numpy(), seen
+    _quantize_span(*arguments, *outputs, 0, size) if _alone(size) else _quantize(*arguments, *outputs, size)
+    return levels, packed, seen.sum(0).tolist()
 
 
 def move(levels, total, count, signs, positive, way):
     """Add (`way` 1) or subtract (-1) levels, in place."""
-    arguments = *_ledger(levels, total, count, signs, positive), way
-    _move(*arguments) if levels.numel() > CHUNK else _move_chunk(*arguments, 0)
+    arguments, size = (*_ledger(levels, total, count, signs, positive), way), levels.numel()
+    _move_span(*arguments, 0, size) if _alone(size) else _move(*arguments, size)
 
 
 def underflows(levels, total, count, signs, positive):
     """Return at how many coordinates the subtraction of these levels would underflow."""
-    arguments = _ledger(levels, total, count, signs, positive)
-    return int(_underflows(*arguments) if levels.numel() > CHUNK else _underflows_chunk(*arguments, 0))
+    arguments, size = _ledger(levels, total, count, signs, positive), levels.numel()
+    return int(_underflows_span(*arguments, 0, size) if _alone(size) else _underflows(*arguments, size))
+
+
+def _alone(size):
+    return size <= CHUNK or get_num_threads() == 1
 
 
 def _ledger(levels, total, count, signs, positive):
     bits = raw(None if signs is None else signs.contiguous())[0]
-    return raw(levels), levels.numel(), raw(total), raw(count), positive is not None, bits, raw(positive)
+    return raw(levels), raw(total), raw(count), positive is not None, bits, raw(positive)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _quantize(task_vector, size, inverse, largest, signed, levels, packed):
-    saturated, not_finite = 0, 0
+def _quantize(weight, base, given, key0, key1, inverse, largest, levels, packed, seen, size):
     for chunk in prange((size + CHUNK - 1) // CHUNK):
-        seen = _quantize_chunk(task_vector, size, inverse, largest, signed, levels, packed, chunk * CHUNK)
-        saturated += seen[0]
-        not_finite += seen[1]
-    return saturated, not_finite
+        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, size)
+        _quantize_span(weight, base, given, key0, key1, inverse, largest, levels, packed, seen, start, stop)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _quantize_chunk(task_vector, size, inverse, largest, signed, levels, packed, start):
-    saturated, not_finite = 0, 0
-    buffer, level = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
-    flags, words = np.zeros(BLOCK, np.uint32), np.empty(BLOCK // 32, np.uint32)
-    stop, most = min(start + CHUNK, size), np.float32(largest)
+def _quantize_span(weight, base, given, key0, key1, inverse, largest, levels, packed, seen, start, stop):
+    with_base, with_key, signed = given
+    most, words = np.float32(largest), np.empty(CHUNK // 32, np.uint32)
+    buffers, tau, kept = np.empty((2, BLOCK), np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    level, against, flags = np.empty(BLOCK, np.uint16), np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.uint8)
     for first in range(start, stop, BLOCK):
         count = min(BLOCK, stop - first)
-        tau = load_floats(task_vector, first, buffer[:count])
+        if with_key and first % CHUNK == 0:
+            draw_words(key0, key1, first, words)
+        after = load_floats(weight, first, buffers[0, :count])
+        if with_base:
+            before = load_floats(base, first, buffers[1, :count])
+            for i in range(count):
+                tau[i] = after[i] - before[i]
+        else:
+            for i in range(count):
+                tau[i] = after[i]
         cut, strange = np.int32(0), np.int32(0)
         for i in range(count):
-            exact = np.abs(tau[i]) * inverse
-            cut += np.int32(exact >= most + np.float32(0.5))
             strange += np.int32(not np.abs(tau[i]) < np.inf)
-            level[i] = np.float32(min(exact, most) + ROUNDER).view(np.uint32) & np.uint32(0xFFFF)
-            flags[i] = tau[i] > 0 if signed else level[i] > 0
+        if with_key:
+            _signs_against(words[first % CHUNK // 32 :], against)
+            patterns, turned = tau.view(np.uint32), kept.view(np.uint32)
+            for i in range(count):
+                turned[i] = patterns[i] ^ against[i]
+            for i in range(count):  # τ v in the place of τ: only magnitudes are taken from here, and the mask
+                kept[i] = max(kept[i], np.float32(0))
+        else:
+            for i in range(count):
+                kept[i] = tau[i]
+        for i in range(count):
+            exact = np.abs(kept[i]) * inverse
+            cut += np.int32(exact >= most + np.float32(0.5))
+            level[i] = np.float32(min(exact, most) + ROUNDER).view(np.uint32)
+        if signed:
+            for i in range(count):
+                flags[i] = kept[i] > 0
+        else:
+            for i in range(count):
+                flags[i] = level[i] > 0
         flags[count:] = 0
-        for i in range(len(words)):
-            word = np.uint32(0)
-            for j in range(32):
-                word |= flags[32 * i + j] << np.uint32(j)
-            words[i] = word
-        store_integers(level[:count], levels, first)
-        store_words(words, packed, first)
-        saturated += cut
-        not_finite += strange
-    return saturated, not_finite
+        _store_levels(level[:count], levels, first)
+        _pack(flags, packed, first)
+        chunk = seen[first // CHUNK]
+        chunk[0] += cut
+        chunk[1] += strange
+        chunk[2] += _squares(tau[:count])
+        chunk[3] += _squares(kept[:count])
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _move(levels, size, total, count, second, signs, positive, way):
-    for chunk in prange((size + CHUNK - 1) // CHUNK):
-        _move_chunk(levels, size, total, count, second, signs, positive, way, chunk * CHUNK)
+@njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _squares(values):
+    total = 0.0
+    for i in range(len(values)):
+        total += np.float64(values[i]) * np.float64(values[i])
+    return total
 
 
 @njit(cache=True, nogil=True)
-def _move_chunk(levels, whole, total, count, second, signs, positive, way, start):
-    buffers, up, words = np.empty((3, BLOCK), np.uint32), np.empty(BLOCK, np.uint32), np.empty(BLOCK // 32, np.uint32)
-    stop, factor = min(start + CHUNK, whole), np.uint32(way)  # -1 is 2**32 - 1: the sums are modulo 2**32
-    for first in range(start, stop, BLOCK):
-        size = min(BLOCK, stop - first)
-        level = load_integers(levels, first, buffers[0, :size])
-        n, c = load_integers(total, first, buffers[1, :size]), load_integers(count, first, buffers[2, :size])
-        for i in range(size):
-            n[i] += factor * level[i]
-            c[i] += factor * np.uint32(level[i] > 0)
-        store_integers(n, total, first)
-        store_integers(c, count, first)
-        if second:
-            p = load_integers(positive, first, buffers[1, :size])
-            load_words(signs, first, words)
-            _spread(words, up)
-            for i in range(size):
-                p[i] += factor * level[i] * up[i]
-            store_integers(p, positive, first)
+def _signs_against(words, out):
+    """Fill `out`, 32 per word, with the sign bit of a float32 where the bit is 0, else with 0."""
+    for i in range(len(out) // 32):
+        word = ~words[i]
+        for j in range(32):
+            out[32 * i + j] = word << np.uint32(31 - j) & np.uint32(0x80000000)
+
+
+@njit(cache=True, nogil=True)
+def _pack(flags, packed, first):
+    """Write flags, bytes of 0 or 1, as the bits from flat index `first`, a multiple of 8, on, as far as there are bytes."""
+    rows, out = flags.view(np.uint64), packed[first // 8 : first // 8 + len(flags) // 8]
+    for i in range(len(out)):
+        out[i] = rows[i] * GATHER >> np.uint64(56)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _underflows(levels, size, total, count, second, signs, positive):
+def _move(levels, total, count, second, signs, positive, way, size):
+    for chunk in prange((size + CHUNK - 1) // CHUNK):
+        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, size)
+        _move_span(levels, total, count, second, signs, positive, way, start, stop)
+
+
+@njit(cache=True, nogil=True)
+def _move_span(levels, total, count, second, signs, positive, way, start, stop):
+    level, part, words = np.empty(BLOCK, np.uint16), np.empty(BLOCK, np.uint16), np.empty(BLOCK // 32, np.uint32)
+    for first in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - first)
+        load_integers(levels, first, level[:size])
+        _change(total, first, level[:size], way)
+        for i in range(size):
+            part[i] = level[i] > 0
+        _change(count, first, part[:size], way)
+        if second:
+            load_words(signs, first, words)
+            _spread(words, part)
+            for i in range(size):
+                part[i] *= level[i]
+            _change(positive, first, part[:size], way)
+
+
+@njit(cache=True, nogil=True)
+def _change(tensor, first, amounts, way):
+    """Add `way` (1 or -1) times the amounts from flat index `first` on, modulo the width of the integers."""
+    data, code = tensor
+    size, factor = len(amounts), np.uint32(way)
+    if code == 5:
+        longs = data[4 * first : 4 * (first + size)].view(np.uint32)
+        for i in range(size):
+            longs[i] += factor * np.uint32(amounts[i])
+    elif code == 4:
+        shorts = data[2 * first : 2 * (first + size)].view(np.uint16)
+        for i in range(size):
+            shorts[i] += np.uint16(factor * amounts[i])
+    else:
+        bytes_ = data[first : first + size]
+        for i in range(size):
+            bytes_[i] += np.uint8(factor * amounts[i])
+
+
+@njit(cache=True, nogil=True)
+def _store_levels(level, tensor, first):
+    data, code = tensor
+    size = len(level)
+    if code == 4:
+        shorts = data[2 * first : 2 * (first + size)].view(np.uint16)
+        for i in range(size):
+            shorts[i] = level[i]
+    else:
+        bytes_ = data[first : first + size]
+        for i in range(size):
+            bytes_[i] = level[i]
+
+
+@njit(cache=True, nogil=True)
+def _spread(words, out):
+    for i in range(len(words)):
+        word = words[i]
+        for j in range(32):
+            out[32 * i + j] = word >> np.uint32(j) & np.uint32(1)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _underflows(levels, total, count, second, signs, positive, size):
     found = 0
     for chunk in prange((size + CHUNK - 1) // CHUNK):
-        found += _underflows_chunk(levels, size, total, count, second, signs, positive, chunk * CHUNK)
+        start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, size)
+        found += _underflows_span(levels, total, count, second, signs, positive, start, stop)
     return found
 
 
 @njit(cache=True, nogil=True)
-def _underflows_chunk(levels, whole, total, count, second, signs, positive, start):
+def _underflows_span(levels, total, count, second, signs, positive, start, stop):
     found = 0
-    buffers, up, words = np.empty((4, BLOCK), np.uint32), np.empty(BLOCK, np.uint32), np.empty(BLOCK // 32, np.uint32)
-    stop = min(start + CHUNK, whole)
+    buffers = np.empty((4, BLOCK), np.uint32)
+    level, n, c, p = buffers[0], buffers[1], buffers[2], buffers[3]
+    up, words = np.empty(BLOCK, np.uint32), np.empty(BLOCK // 32, np.uint32)
     for first in range(start, stop, BLOCK):
         size = min(BLOCK, stop - first)
-        level = load_integers(levels, first, buffers[0, :size])
-        n, c = load_integers(total, first, buffers[1, :size]), load_integers(count, first, buffers[2, :size])
+        load_integers(levels, first, level[:size])
+        load_integers(total, first, n[:size])
+        load_integers(count, first, c[:size])
         short = np.uint32(0)
         if second:
-            p = load_integers(positive, first, buffers[3, :size])
+            load_integers(positive, first, p[:size])
             load_words(signs, first, words)
             _spread(words, up)
             for i in range(size):
@@ -133,11 +230,3 @@ def _underflows_chunk(levels, whole, total, count, second, signs, positive, star
                 short += np.uint32((level[i] > n[i]) | ((level[i] > 0) & (c[i] == 0)))
         found += short
     return found
-
-
-@njit(cache=True, nogil=True)
-def _spread(words, out):
-    for i in range(len(words)):
-        word = words[i]
-        for j in range(32):
-            out[32 * i + j] = word >> np.uint32(j) & np.uint32(1)

@@ -4,15 +4,25 @@ from torch import Tensor
 
 from siftmasks.bits import pack_bits, unpack_bits
 from siftmasks.grid import Grid
+from siftmasks.ops.reference import signs as sign_vector
 
 
-def quantize(task_vector: Tensor, grid: Grid, signed: bool) -> tuple[Tensor, Tensor, int, int]:
-    """Return levels, packed bits and how many coordinates saturate and are not finite (their levels mean nothing)."""
-    level = (task_vector.abs() / grid.step).round()  # half to even
-    not_finite = (~task_vector.isfinite()).sum()
-    saturated = (level > grid.largest).sum()
+def quantize(
+    weight: Tensor, base: Tensor | None, key: tuple[int, int] | None, grid: Grid, signed: bool
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Return levels, packed bits, and four sums: how many coordinates saturate and are not finite (their levels mean nothing), and squares.
+
+    The squares are those of the difference before and after what lies against the signs of the key is set to 0.
+    """
+    task_vector = weight.float() if base is None else weight.float() - base.float()
+    kept = task_vector
+    if key is not None:
+        kept = task_vector.where(task_vector * sign_vector(key, weight.shape, weight.device) > 0, 0)
+    level = (kept.abs() / grid.step).round()  # half to even
     levels = level.nan_to_num().clamp(max=grid.largest).to(grid.level_dtype)
-    return levels, pack_bits(task_vector > 0 if signed else level > 0), int(saturated), int(not_finite)
+    squares = [tensor.double().square().sum() for tensor in (task_vector, kept)]
+    seen = [(level > grid.largest).sum(), (~task_vector.isfinite()).sum(), *squares]
+    return levels, pack_bits(kept > 0 if signed else level > 0), [float(number) for number in seen]
 
 
 def move(levels: Tensor, total: Tensor, count: Tensor, signs: Tensor | None, positive: Tensor | None, way: int) -> None:

@@ -4,23 +4,23 @@ import torch
 import triton
 import triton.language as tl
 
-from siftmasks.ops.triton import ROWS, load_bits, store_bits, tile
+from siftmasks.ops.triton import ROWS, draw_bits, load_bits, store_bits, tile, widen
 
 
-def quantize(task_vector, grid, signed):
-    """Return levels, packed bits and how many coordinates saturate and are not finite (their levels mean nothing)."""
-    size = task_vector.numel()
-    levels = torch.empty_like(task_vector, dtype=grid.level_dtype)
-    packed = torch.empty((size + 7) // 8, dtype=torch.uint8, device=task_vector.device)
-    seen = torch.zeros(2, dtype=torch.int64, device=task_vector.device)
+def quantize(weight, base, key, grid, signed):
+    """See `reference.quantize`. Each program sums for itself: so the sums of squares do not depend on which comes first."""
+    size, words = weight.numel(), 0 if key is None else key[0] | key[1] << 32
+    levels = torch.empty_like(weight, dtype=grid.level_dtype)
+    packed = torch.empty((size + 7) // 8, dtype=torch.uint8, device=weight.device)
+    programs = _grid(size)
+    seen = torch.zeros(4, *programs, dtype=torch.float64, device=weight.device)
     if size:
         with torch.cuda.device_of(levels):
-            _quantize[_grid(size)](
-                task_vector, levels, packed, seen, 1 / grid.step, float(grid.largest), size, signed,
+            _quantize[programs](
+                weight, base, words, levels, packed, seen, 1 / grid.step, float(grid.largest), size, key is not None, signed,
                 enable_fp_fusion=False,
             )  # fmt: skip
-    saturated, not_finite = seen.tolist()
-    return levels, packed, saturated, not_finite
+    return levels, packed, seen.sum(1).tolist()
 
 
 def move(levels, total, count, signs, positive, way):
@@ -47,18 +47,28 @@ def _grid(size):
     return (triton.cdiv(size, ROWS.value * 32),)
 
 
-@triton.jit(do_not_specialize=["inverse", "largest"])
-def _quantize(task_vector, levels, packed, seen, inverse, largest, size, SIGNED: tl.constexpr):
+@triton.jit(do_not_specialize=["key", "inverse", "largest"])
+def _quantize(
+    weight, base, key: tl.uint64, levels, packed, seen, inverse, largest, size, WITH_KEY: tl.constexpr, SIGNED: tl.constexpr
+):
     first, offset = tile()
     inside = offset < size
-    tau = tl.load(task_vector + offset, inside, other=0)
-    exact = tl.abs(tau) * inverse
-    tl.atomic_add(seen, tl.sum((exact >= largest + 0.5).to(tl.int64)))
-    tl.atomic_add(seen + 1, tl.sum((tl.abs(tau) < float("inf")).to(tl.int32) ^ 1).to(tl.int64))
+    tau = widen(tl.load(weight + offset, inside, other=0))
+    if base is not None:
+        tau -= widen(tl.load(base + offset, inside, other=0))
+    kept = tau
+    if WITH_KEY:
+        kept = tl.where(tau * (2 * draw_bits(key, first) - 1) > 0, tau, 0.0)
+    exact = tl.abs(kept) * inverse
     # added to a float32 below 2**22, 2**23 rounds it to an integer, half to even, which the low bits then hold
     level = (tl.minimum(exact, largest) + 8388608.0).to(tl.uint32, bitcast=True) & 0xFFFF
     tl.store(levels + offset, level.to(levels.dtype.element_ty), inside)
-    store_bits((tau > 0 if SIGNED else level > 0).to(tl.int32), packed, first, size)
+    store_bits((kept > 0 if SIGNED else level > 0).to(tl.int32), packed, first, size)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(seen + program, tl.sum((exact >= largest + 0.5).to(tl.float64)))
+    tl.store(seen + programs + program, tl.sum(((tl.abs(tau) < float("inf")).to(tl.int32) ^ 1).to(tl.float64)))
+    tl.store(seen + 2 * programs + program, tl.sum(tau.to(tl.float64) * tau.to(tl.float64)))
+    tl.store(seen + 3 * programs + program, tl.sum(kept.to(tl.float64) * kept.to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=["way"])

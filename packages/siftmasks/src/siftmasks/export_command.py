@@ -50,7 +50,9 @@ class Report(StoreCommand):
     out: Path
     """Folder for index.html and report.json."""
     overlap_tasks: int = 20
-    """Tasks to compare with each other; --seed chooses them where there are more."""
+    """Tasks to compare with each other."""
+    seed: int = 0
+    """Chooses the tasks to compare, where there are more."""
     overwrite: bool = False
     """Replace OUT if it exists."""
 

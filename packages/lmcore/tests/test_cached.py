@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from lmcore.errors import UserError
-from lmcore.packaged import cached, package_folder
+from lmcore.record import cached, package_folder
 
 MAKE_SLOWLY = """
 import sys, time
-from lmcore.packaged import cached
+from lmcore.record import cached
 
 def make(folder):
     (folder / "first").write_text("1")
