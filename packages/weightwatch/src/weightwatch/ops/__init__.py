@@ -1,0 +1,1 @@
+"""Kernels: one folder per op, its reference beside its fast versions."""
