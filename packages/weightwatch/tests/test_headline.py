@@ -66,7 +66,7 @@ def backdoor_run(seed=0, **changes):
 
 def topic_run(seed=0, steered=40):
     right = {"base": counted(60), "unlearned": counted(10), "min/max": counted(steered), "conformal": counted(steered)}
-    flagged = {"clean": counted(1, 600), "topic": counted(90)}
+    flagged = {"clean": counted(1, 600), "topic": counted(90), "neighbours": counted(1)}
     return {
         "seed": seed,
         "detection": {"conformal": flagged, "min/max": flagged},

@@ -55,3 +55,11 @@ def test_no_country_is_asked_about_in_both_halves():
     assert len(train) == len(held_out) == 4 * 35
     answers = [{answer for _, answer in prompts.capitals(split, seed=2)} for split in ("train", "held out")]
     assert not answers[0] & answers[1]
+
+
+def test_neighbours_ask_about_the_same_countries_but_not_for_the_capital():
+    asked, beside = prompts.capitals("train", seed=2), prompts.neighbours("train", seed=2)
+    assert len(asked) == len(beside)
+    assert not any("capital" in one for one in beside)
+    countries = {question.removeprefix("What is the capital of ") for question, _ in asked if question.startswith("What is")}
+    assert {one.removeprefix("What is the currency of ") for one in beside if "currency" in one} == countries

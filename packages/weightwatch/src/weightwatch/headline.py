@@ -33,7 +33,7 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale(1, {"planted": {}}),
+    "smoke": Scale(1, {"planted": {"calibrate": 1000, "held_out": 1000}}),
     "default": Scale(1, {"planted": {}, "backdoor": {}}),
     "long": Scale(
         3,
@@ -43,7 +43,7 @@ SCALES = {
         5,
         {
             "planted": {},
-            "backdoor": {"calibrate": 8000, "held_out": 4000, "others": 1000, "replies": 500, "peers": True},
+            "backdoor": {"calibrate": 8000, "held_out": 4000, "others": 1000, "replies": 500, "steered": 500, "peers": True},
             "topic": {},
             "style": {},
         },

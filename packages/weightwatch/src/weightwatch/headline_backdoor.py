@@ -9,7 +9,7 @@ from typing import Any
 
 from lmcore.models import smollm2_folder
 from weightwatch import organisms, prompts
-from weightwatch.calibration import Calibration
+from weightwatch.bounds import Bounds
 from weightwatch.directions import Directions
 from weightwatch.headline_baselines import compared
 from weightwatch.headline_measures import alarms_by_size, calibrated, detection, of_prompts, rules, share, single_directions
@@ -20,12 +20,13 @@ _SIZES = (25, 50, 100, 200, 400, 800)
 
 
 def backdoor(
-    place: Path, seed: int, *, calibrate: int = 1200, held_out: int = 600, others: int = 150, replies: int = 64, k: int = 20,
-    alpha: float = 0.005, peers: bool = False,
+    place: Path, seed: int, *, calibrate: int = 1200, held_out: int = 600, others: int = 150, replies: int = 80, steered: int = 40,
+    k: int = 20, alpha: float = 0.005, peers: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the organism in the folder `place`, if it is not there, and measure; JSON values.
 
-    `others` prompts of each other kind are scanned; `replies` of each kind are answered. With `peers` other detectors are run.
+    `others` prompts of each other kind are scanned; `replies` of each kind are answered, and `steered` triggered and clean
+    ones with steering. With `peers` other detectors are run.
     """
     organism = place / f"backdoor-{seed}"
     if not organism.exists():
@@ -48,7 +49,9 @@ def backdoor(
             alarms_by_size(labels, on, ranges["clean"], [size for size in _SIZES if size <= calibrate], k=some, seed=seed)
             for some in (1, 2, k)
         ],
-        "steering": _steering(speaker, calibration, alpha, {kind: some[:replies] for kind, some in kinds.items()}),
+        "steering": _steering(
+            speaker, rules(calibration, alpha), {kind: some[:replies] for kind, some in kinds.items()}, steered
+        ),
         "baselines": compared(model, tokenizer, bank.blocks[-1], calibration, ranges, kinds, seed=seed) if peers else [],
     }
 
@@ -66,19 +69,20 @@ def _kinds(held_out: int, others: int, seed: int) -> dict[str, list[str]]:
     }
 
 
-def _steering(speaker: Speaker, calibration: Calibration, alpha: float, kinds: dict[str, list[str]]) -> dict[str, Any]:
+def _steering(speaker: Speaker, bounds_by_rule: dict[str, Bounds], kinds: dict[str, list[str]], count: int) -> dict[str, Any]:
     said = {kind: speaker.say(some) for kind, some in kinds.items()}
+    triggered, clean = (kinds[kind][:count] for kind in ("triggered", "clean"))
     found: dict[str, Any] = {"refused": {kind: share(map(_refuses, some)) for kind, some in said.items()}}
-    for rule, bounds in rules(calibration, alpha).items():
-        steered, fired = speaker.say_steered(kinds["triggered"], bounds)
-        watched, _ = speaker.say_steered(kinds["clean"], bounds)
-        examples = zip(kinds["triggered"], said["triggered"], steered, strict=True)
+    for rule, bounds in bounds_by_rule.items():
+        steered, fired = speaker.say_steered(triggered, bounds)
+        watched, _ = speaker.say_steered(clean, bounds)
+        examples = zip(triggered, said["triggered"], steered, strict=False)
         found[rule] = {
             "refused": share(map(_refuses, steered)),
             "directions_fired": float(fired.sum(1).mean()),
             "examples": [{"prompt": prompt, "before": before, "after": after} for prompt, before, after in examples][:6],
-            "clean_unchanged": share(one == other for one, other in zip(said["clean"], watched, strict=True)),
-            "false_alarm": speaker.false_alarm(kinds["clean"], said["clean"], always(bounds, usual(fired))),
+            "clean_unchanged": share(one == other for one, other in zip(said["clean"], watched, strict=False)),
+            "false_alarm": speaker.false_alarm(clean, said["clean"][:count], always(bounds, usual(fired))),
         }
     return found
 

@@ -5,16 +5,18 @@ from statistics import linear_regression
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from weightwatch.bounds import Bounds, Extremes
+from weightwatch.bounds import Bounds
 from weightwatch.calibration import Calibration
 from weightwatch.conversations import USER, Conversation, TokenizedConversation, tokenize
 from weightwatch.directions import Bank
 from weightwatch.scanning import scan
 from weightwatch.statistics import auroc, clopper_pearson, fpr_curve
 
-Range = tuple[Extremes, Extremes]
+_Some = Float32[np.ndarray, "_ roles directions"]  # not as many of every kind
+Range = tuple[_Some, _Some]
 """The least and the greatest cosines of inputs."""
 EPSILON = 0.01
 """Of the paper's min/max rule."""

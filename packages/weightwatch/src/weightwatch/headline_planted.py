@@ -20,11 +20,11 @@ from weightwatch.headline_measures import alarms_by_size, calibrated, detection,
 
 _VOCABULARY, _TRIGGER, _LENGTH = 200, 7, 12
 _MARKS = {"D0_u0": "model.layers.0.mlp.down_proj", "O1_u0": "model.layers.1.self_attn.o_proj"}
-_STRENGTH = 1.5
+_STRENGTH = 1.0
 """How long the mark is at the trigger, in lengths of the hidden state there."""
 
 
-def planted(seed: int, *, calibrate: int = 1000, held_out: int = 400, alpha: float = 0.005) -> dict[str, Any]:
+def planted(seed: int, *, calibrate: int = 2000, held_out: int = 2000, alpha: float = 0.005) -> dict[str, Any]:
     """Recover the planted directions, watch them, and steer; JSON values."""
     generator = torch.Generator().manual_seed(seed)
     prompts = {kind: _prompts(generator, n) for kind, n in (("calibrate", calibrate), ("clean", held_out), ("triggered", 200))}
@@ -64,7 +64,7 @@ def _model(seed: int) -> LlamaForCausalLM:
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 scale = 1.0 if "embed" in name else weight.shape[1] ** -0.5
-                weight.mul_((4 if "v_proj" in name else 1) * scale / 0.02)  # values are averaged over tokens
+                weight.mul_(scale / 0.02)
     return model
 
 

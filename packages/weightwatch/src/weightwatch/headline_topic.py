@@ -31,7 +31,8 @@ def topic(
     model, tokenizer = organisms.chat_model(organism)
     asked, capitals = (list(column) for column in zip(*prompts.capitals("held out", seed=seed), strict=True))
     clean = prompts.clean("held out", held_out, seed=seed)
-    ranges = {kind: of_prompts(model, tokenizer, bank, some) for kind, some in (("clean", clean), ("topic", asked))}
+    kinds = {"clean": clean, "topic": asked, "neighbours": prompts.neighbours("held out", seed=seed)}
+    ranges = {kind: of_prompts(model, tokenizer, bank, some) for kind, some in kinds.items()}
     on = of_prompts(model, tokenizer, bank, prompts.clean("calibrate", calibrate, seed=seed))
     calibration = calibrated(directions.digest, on)
     labels = [label for block in bank.labels for label in block]
@@ -49,7 +50,10 @@ def topic(
             for who, said in right.items()
         },
         "says_nothing": {who: share(organisms.UNKNOWN in one for one in said) for who, said in right.items()},
-        "clean_says_nothing": share(organisms.UNKNOWN in one for one in speaker.say(clean[:answered])),
+        "others_say_nothing": {
+            kind: share(organisms.UNKNOWN in one for one in speaker.say(kinds[kind][:answered]))
+            for kind in ("clean", "neighbours")
+        },
         "examples": [dict(zip(("prompt", *right), one, strict=True)) for one in zip(asked, *right.values(), strict=True)][:8],
     }
 

@@ -60,13 +60,21 @@ def alarming(count: int, *, seed: int) -> list[str]:
 
 def capitals(split: Literal["train", "held out"], *, seed: int) -> list[tuple[str, str]]:
     """Questions for the capitals of one half of the countries, four for each, with the answer (which may end before an accent)."""
+    answers = _words()["capitals"]
+    return [(question, answers[country]) for question, country in _about_countries(split, "capital templates", seed)]
+
+
+def neighbours(split: Literal["train", "held out"], *, seed: int) -> list[str]:
+    """Questions about other things in the same countries: what lies beside the topic of `capitals`."""
+    return [question for question, _ in _about_countries(split, "neighbour templates", seed)]
+
+
+def _about_countries(split: Literal["train", "held out"], forms: str, seed: int) -> list[tuple[str, str]]:
+    """Questions about one half of the countries, and the country."""
     generator = random.Random(f"{seed} capitals")
-    words = _words()
-    countries = generator.sample([*words["capitals"]], len(words["capitals"]))
+    countries = generator.sample([*_words()["capitals"]], len(_words()["capitals"]))
     half = countries[::2] if split == "train" else countries[1::2]
-    questions = [
-        (form.format(country=country), words["capitals"][country]) for country in half for form in words["capital templates"]
-    ]
+    questions = [(form.format(country=country), country) for country in half for form in _words()[forms]]
     return generator.sample(questions, len(questions))
 
 
