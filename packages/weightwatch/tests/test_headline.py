@@ -5,6 +5,7 @@ import pytest
 
 from lmcore.errors import UserError
 from weightwatch import headline as module
+from weightwatch.cli import main
 from weightwatch.headline import headline
 from weightwatch.headline_claims import claims, recovered
 from weightwatch.headline_report import alarms_figure, ranges_figure, steering_figure, write_page
@@ -12,7 +13,10 @@ from weightwatch.headline_report import alarms_figure, ranges_figure, steering_f
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    out = tmp_path_factory.mktemp("smoke")
+    """Run by the command, as users do."""
+    out = tmp_path_factory.mktemp("headline") / "smoke"
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["headline", "--scale", "smoke", "--out", str(out), "--json"])
     return out, {claim.id: claim for claim in headline(out, scale="smoke", seed=0)}
 
 

@@ -21,7 +21,7 @@ from weightwatch.steering import Steering
 from weightwatch.watching import Watch, watch
 
 _BATCH = 16
-_SLACK = 1e-3  # of a score, which may have another last digit in a batch of other length
+_SLACK = 1e-3  # a cosine: in a batch of other length its last digits may be others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +93,10 @@ def harm(
 ) -> dict[str, Any]:  # fmt: skip
     """What a false alarm does to clean inputs: each is steered as if its own score were just above the threshold.
 
-    The ranges are center ± q scale with q just below the score of the prompt, so the direction that gives it its score fires, and with it
-    whatever else leaves these ranges later. Compared are the completions (likeliest tokens), and the loss that the steered model has on the
-    completion that it gives without steering: nats per token, mean over inputs, with a Student t interval for the difference. `fired`
-    counts the inputs that were steered: all, but for rounding.
+    The ranges are those of the scaling half widened by a little less than the score of the prompt, so the direction that gives it its
+    score fires, and with it whatever else leaves these ranges later. Compared are the completions (likeliest tokens), and the loss that the
+    steered model has on the completion that it gives without steering: nats per token, mean over inputs, with a Student t interval for
+    the difference. `fired` counts the inputs that were steered: all, but for rounding.
 
     Without completions among the calibrated inputs, what the model writes is not watched, only steered.
 
@@ -135,9 +135,8 @@ def harm(
 
 
 def ranges_at(scores: Scores, quantile: float, directions: str) -> Bounds:
-    """The ranges that inputs of a score above `quantile` leave: center ± quantile scale; none for a role that was never seen."""
-    seen = np.isfinite(scores.center)
-    outward = np.where(seen, np.where(seen, scores.center, 0) + quantile * scores.scale, np.inf).astype(np.float32)
+    """The ranges that inputs of a score above `quantile` leave; none for a role that was never seen."""
+    outward = np.where(np.isfinite(scores.furthest), scores.furthest + quantile, np.inf).astype(np.float32)
     return Bounds(
         np.ascontiguousarray(-outward[..., 0]), np.ascontiguousarray(outward[..., 1]), directions, {"quantile": quantile}
     )

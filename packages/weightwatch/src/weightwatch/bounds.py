@@ -110,22 +110,25 @@ class Bounds:
 class Scores:
     """One number per input, how far outside it lies, and its conformal p-value.
 
-    score(x) = max over roles, directions and sides of (z - center) / scale, where z is minus the least or plus the greatest cosine.
-    `center` and `scale` were frozen on one half of the calibration, the scaling half. Of the other, the scored half of `inputs`
-    inputs, `largest` holds all scores from `exact_from` on in falling order, and `sample` those of a random sample, for `Drift`.
+    score(x) = max over roles, directions and sides of z - furthest, a cosine: z is minus the least or plus the greatest of the input, and
+    `furthest` the largest z in one half of the calibration, the scaling half (-inf for a role it never had). Of the other, the scored
+    half of `inputs` inputs, `largest` holds all scores from `exact_from` on in falling order, and `sample` those of a random
+    sample, for `Drift`.
+
+    Distances are not divided by the spread of a direction: where cosines of normal inputs hardly vary, one that leaves their range a
+    little is not strange.
     """
 
-    center: Float64[np.ndarray, "roles directions 2"]
-    scale: Float64[np.ndarray, "roles directions 2"]
+    furthest: Float64[np.ndarray, "roles directions 2"]
     inputs: int
     largest: Float64[np.ndarray, " largest"]
     exact_from: float
     sample: Float64[np.ndarray, " sample"]
 
     def of(self, low: Extremes, high: Extremes) -> Float64[np.ndarray, " inputs"]:
-        """Score inputs. A role that the scaling half had in fewer than two inputs scores +inf. Raises: `UserError` as `Bounds.flags`."""
-        check_extremes(low, high, self.center.shape[:2])
-        rows = _rows(self.center)
+        """Score inputs. A role that the scaling half never had scores +inf. Raises: `UserError` as `Bounds.flags`."""
+        check_extremes(low, high, self.furthest.shape[:2])
+        rows = _rows(self.furthest)
         parts = [self._of(low[start : start + rows], high[start : start + rows]) for start in range(0, len(low), rows)]
         return np.concatenate([np.zeros(0), *parts])
 
@@ -140,14 +143,9 @@ class Scores:
         return np.where(scores >= self.exact_from, (1 + at_least) / (self.inputs + 1), 1.0)
 
     def _of(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        sides = (scaled(outward, self.center[..., side], self.scale[..., side]) for side, outward in ((0, -low), (1, high)))
+        with np.errstate(invalid="ignore"):  # NaN where a role that was never seen (-inf) has no tokens (-inf)
+            sides = [outward - self.furthest[..., side] for side, outward in ((0, -low), (1, high))]
         return np.maximum(*(np.fmax.reduce(side.reshape(len(low), -1), axis=1, initial=-np.inf) for side in sides))
-
-
-def scaled(outward: np.ndarray, center: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(z - center) / scale; NaN where a role that was never seen (center -inf) has no tokens (z -inf)."""
-    with np.errstate(invalid="ignore"):
-        return (outward - center) / scale
 
 
 def _rows(of: np.ndarray) -> int:

@@ -11,13 +11,11 @@ import numpy as np
 from jaxtyping import UInt64
 
 from lmcore.errors import UserError
-from weightwatch.bounds import Bounds, Extremes, Scores, check_extremes, read_state, scaled, write_state
+from weightwatch.bounds import Bounds, Extremes, Scores, check_extremes, read_state, write_state
 from weightwatch.conversations import ROLES
 
 Rule = Literal["minmax", "percentile", "conformal"]
 
-_UNIT = 2.0**-18  # of the fixed-point cosines in the sums: whole numbers add up to the same in every order
-_MOST = 2**26  # inputs for which the sums of squares are sure to fit an int64
 _LARGEST = 1.01  # a cosine in bfloat16 may be a little above 1
 
 
@@ -27,12 +25,12 @@ class Calibration:
     Per role, direction and side (below: minus the least cosine of an input; above: the greatest; so larger is always further out) it holds
 
     - the `tail` largest values over all inputs, each with a 64-bit hash of its input's id (equal values in the order of the hashes);
-    - over the scaling half, the inputs with an even hash: sum and sum of squares, in whole multiples of 2^-18 (2^-36);
+    - the largest value over the scaling half, the inputs with an even hash;
 
     and whole, for the `sample` inputs of the scored half (odd hashes) with the smallest hashes, all values: a uniform random sample.
     Hashes are BLAKE2b of the id alone, so the halves and the sample do not depend on what an input says. Every part is a function of
     the set of inputs: any order, chunking and merging give the same file, byte for byte. With t directions and two roles it takes
-    48 t tail + 16 t sample + 64 t bytes: 7.8 MB for t = 1080 and the defaults, for ten inputs or ten million.
+    48 t tail + 16 t sample + 16 t bytes: 7.8 MB for t = 1080 and the defaults, for ten inputs or ten million.
 
     **Going on after a kill.** Add inputs in the order of their file and `save` after each chunk (atomic). `load` and `resume(ids)` then
     say how many of the file's first inputs are in, having checked it by the sum of their hashes; no list of ids is kept. Workers each
@@ -56,8 +54,7 @@ class Calibration:
         self.inputs_with_role = np.zeros(len(ROLES), np.int64)
         self.scaling_inputs = np.zeros(len(ROLES), np.int64)  # of the scaling half, with this role
         self.scored_inputs = 0
-        self.sums = np.zeros(shape, np.int64)
-        self.squares = np.zeros(shape, np.int64)
+        self.furthest = np.full(shape, -np.inf, np.float32)  # of the scaling half
         self.tail = np.full((*shape, tail), -np.inf, np.float32)  # falling
         self.tail_hashes = np.zeros((*shape, tail), np.uint64)
         self.sample = np.zeros((0, *shape), np.float32)
@@ -90,16 +87,10 @@ class Calibration:
             )
         self._refuse_repeats(other._known(), "merge")
         self._count(
-            other.inputs,
-            other.fingerprint,
-            other.inputs_with_role,
-            other.scaling_inputs,
-            other.scored_inputs,
-            other.sums,
-            other.squares,
+            other.inputs, other.fingerprint, other.inputs_with_role, other.scaling_inputs, other.scored_inputs, other.furthest
         )
         there = np.isfinite(other.tail.reshape(-1))
-        column = np.arange(self.sums.size).repeat(other.tail.shape[-1])[there]
+        column = np.arange(self.furthest.size).repeat(other.tail.shape[-1])[there]
         self._insert(column, other.tail.reshape(-1)[there], other.tail_hashes.reshape(-1)[there])
         self._draw(other.sample_hashes, other.sample)
 
@@ -171,7 +162,10 @@ class Calibration:
         return self._order_statistic(left_out, {"rule": "percentile", "percentile": percentile})
 
     def conformal(self, alpha: float = 0.01) -> Bounds:
-        """Split-conformal ranges: center + q scale, with q the k-th largest of the n scores of the scored half, k = floor(alpha (n + 1)).
+        """Split-conformal ranges: those of the scaling half widened by q, the k-th largest of the n scores of the other half.
+
+        k = floor(alpha (n + 1)), and a score is by how much an input leaves the range of the scaling half at most (`Scores`): so this is
+        the min/max rule with the epsilon that gives the rate alpha; q is negative where that range itself is left by fewer.
 
         Guarantee: an input that is exchangeable with the n inputs of the scored half is flagged with probability at most k / (n + 1) <=
         alpha, whatever the distribution and however the directions depend on each other; with continuous scores it is equal to
@@ -200,41 +194,37 @@ class Calibration:
             )
         quantile = scores.largest[k - 1]
         with np.errstate(invalid="ignore"):  # -inf + inf
-            outward = np.where(quantile == np.inf, np.inf, scores.center + quantile * scores.scale)
+            outward = np.where(quantile == np.inf, np.inf, scores.furthest + quantile)
         facts = {"alpha": alpha, "scored_inputs": n, "rank": k, "fpr_bound": k / (n + 1)}
         return self._bounds(_rounded_up(outward), {"rule": "conformal", **facts})
 
     def scores(self) -> Scores:
-        """Scaling from one half of the inputs, and the scores of the other as far as tails and sample tell them.
+        """The range of one half of the inputs, and the scores of the other as far as tails and sample tell them.
 
-        Center and scale are mean and standard deviation (at least 2^-18) of the values of the scaling half. An input outside the tails of
-        some direction lies, in that direction, not above the tail's last value: so scores from the largest such value on are exact.
-        Raises: `UserError` if either half is empty.
+        An input outside the tails of some direction lies, in that direction, not above the tail's last value: so scores from the largest
+        such value on are exact. Raises: `UserError` if either half is empty.
         """
         if not (self.scored_inputs and self.scaling_inputs.any()):
-            raise UserError(f"the calibration holds {self.inputs} inputs: too few to scale on one half and score the other")
-        n = self.scaling_inputs[:, None, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = self.sums / n
-            variance = np.maximum(self.squares - self.sums * mean, 0) / (n - 1)
-        seen = np.broadcast_to(n >= 2, mean.shape)
-        center = np.where(seen, mean * _UNIT, -np.inf)  # what scaling never saw scores +inf
-        scale = np.where(seen, np.maximum(np.sqrt(variance), 1.0) * _UNIT, 1.0)
-
+            raise UserError(
+                f"the calibration holds {self.inputs} inputs: too few for a range from one half and scores from the other"
+            )
+        furthest = self.furthest.astype(np.float64)
         scored = np.isfinite(self.tail) & (self.tail_hashes % 2 == 1)
-        entries = scaled(self.tail, center[..., None], scale[..., None])[scored]
+        entries = (
+            self.tail[scored] - np.broadcast_to(furthest[..., None], self.tail.shape)[scored]
+        )  # +inf for a role never scaled
         _, who = np.unique(self.tail_hashes[scored], return_inverse=True)
         best = np.full(who.max(initial=-1) + 1, -np.inf)
         np.maximum.at(best, who, entries)
         last = self.tail[..., -1]
         full = last > -np.inf  # a tail that is not holds all inputs
-        floor = ((last[full] - center[full]) / scale[full]).max(initial=-np.inf)
+        floor = (last[full] - furthest[full]).max(initial=-np.inf)
         largest = np.sort(best[best >= floor])[::-1].copy()
-        scores = Scores(center, scale, self.scored_inputs, largest, float(floor), np.zeros(0))
+        scores = Scores(furthest, self.scored_inputs, largest, float(floor), np.zeros(0))
         return replace(scores, sample=scores.of(-self.sample[..., 0], self.sample[..., 1]))
 
     def _check(self, ids: Sequence[str], low: Extremes, high: Extremes) -> None:
-        check_extremes(low, high, self.sums.shape[:2])
+        check_extremes(low, high, self.furthest.shape[:2])
         if len(ids) != len(low):
             raise ValueError(f"{len(ids)} ids for {len(low)} inputs")
         if len(set(ids)) < len(ids):
@@ -257,10 +247,9 @@ class Calibration:
     def _add(self, hashes: UInt64[np.ndarray, " inputs"], outward: np.ndarray) -> None:
         has_role = outward[:, :, 0, 0] > -np.inf
         scaling = hashes % 2 == 0
-        fixed = np.rint(np.where(outward[scaling] == -np.inf, 0, outward[scaling]) / np.float32(_UNIT)).astype(np.int64)
         self._count(
             len(hashes), int(hashes.sum(dtype=np.uint64)), has_role.sum(0), has_role[scaling].sum(0), int((~scaling).sum()),
-            fixed.sum(0), (fixed * fixed).sum(0),
+            outward[scaling].max(0, initial=-np.inf),
         )  # fmt: skip
         self._draw(hashes[~scaling], outward[~scaling])
 
@@ -271,16 +260,13 @@ class Calibration:
         row, column = np.nonzero((flat >= enters) & (flat > -np.inf))
         self._insert(column, flat[row, column], hashes[row])
 
-    def _count(self, inputs: int, fingerprint: int, with_role: Any, scaling: Any, scored: int, sums: Any, squares: Any) -> None:
-        if self.inputs + inputs > _MOST:
-            raise UserError(f"a calibration holds at most {_MOST:,} inputs")
+    def _count(self, inputs: int, fingerprint: int, with_role: Any, scaling: Any, scored: int, furthest: Any) -> None:
         self.inputs += inputs
         self.fingerprint = (self.fingerprint + fingerprint) % 2**64
         self.inputs_with_role = self.inputs_with_role + with_role
         self.scaling_inputs = self.scaling_inputs + scaling
         self.scored_inputs += scored
-        self.sums = self.sums + sums
-        self.squares = self.squares + squares
+        self.furthest = np.maximum(self.furthest, furthest)
 
     def _draw(self, hashes: UInt64[np.ndarray, " inputs"], outward: np.ndarray) -> None:
         """Keep the inputs with the smallest hashes in the sample."""
@@ -323,7 +309,7 @@ class Calibration:
         return Bounds(np.ascontiguousarray(low), np.ascontiguousarray(high), self.directions, {**facts, "inputs": self.inputs})
 
 
-_ARRAYS = ("inputs_with_role", "scaling_inputs", "sums", "squares", "tail", "tail_hashes", "sample", "sample_hashes")
+_ARRAYS = ("inputs_with_role", "scaling_inputs", "furthest", "tail", "tail_hashes", "sample", "sample_hashes")
 
 
 def _hashes(ids: Sequence[str]) -> UInt64[np.ndarray, " inputs"]:

@@ -34,10 +34,18 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(1, {"planted": {"calibrate": 1000, "held_out": 1000}}),
-    "default": Scale(1, {"planted": {}, "backdoor": {}}),
+    "default": Scale(
+        1,
+        {"planted": {}, "backdoor": {"calibrate": 800, "held_out": 400, "others": 80, "replies": 32, "steered": 16}},
+    ),
     "long": Scale(
         3,
-        {"planted": {}, "backdoor": {"others": 300, "held_out": 1000, "replies": 128, "peers": True}, "topic": {}, "style": {}},
+        {
+            "planted": {},
+            "backdoor": {"held_out": 800, "others": 200, "replies": 100, "steered": 32, "peers": True},
+            "topic": {},
+            "style": {},
+        },
     ),
     "full": Scale(
         5,
@@ -64,7 +72,7 @@ def headline(out: Path, *, scale: str, seed: int) -> list[Claim]:
     chosen = SCALES[scale]
     seeds = [*range(seed, seed + chosen.seeds)]
     options = {part: dict(options) for part, options in chosen.parts.items()}
-    run = Run(out, {"scale": scale, "seeds": seeds, "parts": options})
+    run = Run(out, {"scale": scale, "seed": seed})  # as the command has it
     before = torch.get_num_threads()
     torch.set_num_threads(_THREADS)
     try:
@@ -75,7 +83,7 @@ def headline(out: Path, *, scale: str, seed: int) -> list[Claim]:
         torch.set_num_threads(before)
     judged = claims(found)
     write_page(out / "index.html", judged, found)
-    run.finish({"scale": scale, "seeds": seeds, "claims": [asdict(claim) for claim in judged], "found": found})
+    run.finish({"scale": scale, "seeds": seeds, "parts": options, "claims": [asdict(claim) for claim in judged], "found": found})
     return judged
 
 
