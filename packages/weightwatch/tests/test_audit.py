@@ -85,7 +85,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz .,<>/&|{}'\"=():;!é"
 
 
 def bank_of(vectors, labels):
-    return Bank((1,), ("model.layers.1",), vectors[None], (tuple(labels),), (tuple([2.0] * len(labels)),))
+    return Bank((1,), ("model.layers.1",), vectors[None], (tuple(labels),), (tuple([2.0] * len(labels)),), "digest")
 
 
 def planted():
@@ -116,7 +116,7 @@ def corpus(count=40, every=8):
 def test_a_planted_trigger_is_what_drives_its_direction():
     model, bank, tokenizer = planted()
     conversations = distinct([*tokenize(corpus(), tokenizer, max_length=99)])
-    tokens = collect(model, bank, conversations, "digest", top=5)
+    tokens = collect(model, bank, conversations, top=5)
     first, other = describe(tokens, bank, conversations, tokenizer).directions
     [high] = [end for end in first.ends if end.side == "high"]
     assert {one.id for one in high.transcripts} == {f"chat {i}" for i in range(3, 40, 8)}
@@ -131,7 +131,7 @@ def test_an_audit_that_is_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch
     model, bank, tokenizer = planted()
     monkeypatch.setattr("weightwatch.scanning.CHUNK", 8)
     conversations = [*tokenize(corpus(), tokenizer, max_length=99)]
-    whole = collect(model, bank, conversations, "digest", top=5, state=tmp_path / "whole")
+    whole = collect(model, bank, conversations, top=5, state=tmp_path / "whole")
     states, save = [], TopTokens.save
 
     def keep(self, path):
@@ -140,16 +140,16 @@ def test_an_audit_that_is_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch
         shutil.copy(path, states[-1])
 
     monkeypatch.setattr(TopTokens, "save", keep)
-    collect(model, bank, conversations, "digest", top=5, state=tmp_path / "again")
+    collect(model, bank, conversations, top=5, state=tmp_path / "again")
     assert len(states) == 5
     for state in states:
         shutil.copy(state, tmp_path / "torn")
         monkeypatch.setattr(TopTokens, "save", save)
-        resumed = collect(model, bank, conversations, "digest", top=5, state=tmp_path / "torn")
+        resumed = collect(model, bank, conversations, top=5, state=tmp_path / "torn")
         assert (tmp_path / "torn").read_bytes() == (tmp_path / "whole").read_bytes()
         assert resumed.inputs == whole.inputs
     with pytest.raises(UserError, match="other conversations or options"):
-        collect(model, bank, conversations, "digest", top=6, state=tmp_path / "whole")
+        collect(model, bank, conversations, top=6, state=tmp_path / "whole")
 
 
 def by_rank(texts, side=1):
@@ -223,7 +223,7 @@ def page(tmp_path_factory):
     model, bank, tokenizer = planted()
     chats = [Conversation(f"{HOSTILE} {i}", ({"role": "user", "content": f"{'abcdefgh'[i]} {HOSTILE}"},)) for i in range(8)]
     conversations = [*tokenize(chats, tokenizer, max_length=200)]
-    audit = describe(collect(model, bank, conversations, "digest"), bank, conversations, tokenizer)
+    audit = describe(collect(model, bank, conversations), bank, conversations, tokenizer)
     audit = audit.labelled({question.name: HOSTILE for question in audit.questions()})
     path = tmp_path_factory.mktemp("page") / "audit.html"
     write_page(audit, path, title=HOSTILE, lead="8 inputs")

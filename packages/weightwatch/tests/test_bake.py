@@ -96,4 +96,7 @@ def test_the_command_says_what_moved_and_bad_choices_are_refused(models, tmp_pat
     tiny_llama(vocab_size=30, hidden_size=32).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="64 entries"):
         bake(directions, tmp_path / "other", tmp_path / "new", ["O1_u0"], mode="remove")
+    tiny_llama(vocab_size=30, hidden_size=64, layers=1).save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match="lacks blocks"):
+        bake(directions, tmp_path / "short", tmp_path / "new", ["D0_u0", "O1_u0"], mode="remove")
     assert not (tmp_path / "new").exists()

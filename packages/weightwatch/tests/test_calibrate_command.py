@@ -131,7 +131,9 @@ def test_a_state_is_of_one_model_in_one_dtype(folder, whole, capsys):
 
 def test_text_for_people(folder, capsys):
     assert cli.main("weightwatch", "", COMMANDS, [*map(str, calibrate_args(folder, folder / "shown"))]) == 0
-    assert "300 inputs (300 with user tokens, 300 with assistant tokens), 1 directions" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "300 inputs (300 with user tokens, 300 with assistant tokens), 1 directions" in printed
+    assert ["0.001", "1,998", "14,040", "1,999"] in [line.split() for line in printed.splitlines()]
     assert (
         run("scan", folder / "shown", "--model", folder / "post", "--data", folder / "clean.jsonl", "--alpha", 0.05)["inputs"]
         == 300

@@ -111,7 +111,7 @@ def test_scores_are_margins_beyond_one_half_and_hold_the_largest_of_the_other():
 
     expected = (outward[~scaling] - scores.furthest).max((1, 2, 3))
     assert 150 < scores.inputs == (~scaling).sum() < 250
-    np.testing.assert_array_equal(scores.largest, np.sort(expected[expected >= scores.exact_from])[::-1])
+    np.testing.assert_array_equal(scores.largest, np.sort(expected[expected >= scores.exact_above])[::-1])
     assert len(scores.largest) > 20
     np.testing.assert_array_equal(scores.of(low, high)[~scaling], expected)
     np.testing.assert_array_equal(np.sort(scores.sample), np.sort(expected))  # all, as they are fewer than the sample
@@ -134,6 +134,14 @@ def test_conformal_bounds_flag_where_the_p_value_is_at_most_alpha(alpha):
     flags = bounds.flags(low, high)
     np.testing.assert_array_equal(flags, scores.p_values(scores.of(low, high)) <= alpha)
     assert 0 < flags.sum() < 2000
+
+
+def test_a_score_that_many_inputs_share_has_no_small_p_value_though_the_tail_holds_few_of_them():
+    low, high = np.full((2000, 2, 1), -0.1, np.float32), np.full((2000, 2, 1), 0.25, np.float32)  # the tokens of one template
+    scores = calibrated(low, high, tail=8).scores()
+    assert len(scores.largest) < 20
+    assert (scores.p_values(scores.of(low, high)) == 1).all()
+    assert scores.p_values(np.array([0.01])) == 1 / (scores.inputs + 1)
 
 
 def test_of_the_scored_half_all_but_the_k_minus_1_furthest_lie_within_conformal_bounds():

@@ -3,8 +3,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lmcore import cli
+from lmcore.checkpoint import Checkpoint
 from lmcore.models import tiny_llama
 from lmcore.text import character_tokenizer
 from weightwatch.diff import diff
@@ -102,9 +104,37 @@ def test_tensors_that_do_not_write_to_the_stream_are_told_of(base, tmp_path):
     assert found.grade == "below rounding"
 
 
-def test_the_lens_centres_for_a_layer_norm_and_not_for_an_rms_norm(base):
-    from lmcore.checkpoint import Checkpoint
+def test_a_tensor_of_one_model_alone_is_told_of_and_is_no_copy(base, tmp_path):
+    post = shutil.copytree(base, tmp_path / "post")
+    tensors = load_file(post / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(3)}, post / "model.safetensors", {"format": "pt"})
+    for pair in ((base, post), (post, base)):
+        with pytest.warns(UserWarning, match=r"1 tensors, such as model\.extra, are in one model alone"):
+            found = diff(*map(str, pair))
+        assert found.grade == "below rounding"
+        assert "model.extra" in found.as_json()["warnings"][-1]
 
+
+def test_the_lens_reads_through_the_gain_and_centres_for_a_layer_norm(tmp_path):
+    generator, vectors = torch.manual_seed(0), torch.eye(8)[:3]
+    embedding, gain = torch.randn(40, 8, generator=generator), torch.randn(8, generator=generator)
+    for norm, model_type, expected in (
+        ({"ln_f.weight": gain, "ln_f.bias": torch.ones(8)}, "gpt2", (vectors - 1 / 8) * gain),
+        ({"model.norm.weight": gain}, "llama", vectors * gain),
+        ({"model.norm.weight": gain}, "gemma", vectors * (1 + gain)),
+    ):
+        save_file({"wte.weight": embedding, **norm}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with Checkpoint.open(tmp_path / "model.safetensors") as checkpoint:
+            found = words(vectors, checkpoint, top=1)
+        logits = expected @ embedding.T
+        z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, correction=0, keepdim=True)
+        assert [one.high[0] for one in found] == [
+            (f"#{i}", pytest.approx(float(value), abs=2e-3)) for i, value in zip(z.argmax(1).tolist(), z.amax(1), strict=True)
+        ]
+
+
+def test_words_are_those_of_the_largest_logits_whatever_the_length_of_the_direction(base):
     vectors = Directions.raw(str(base), k=2).writers[0].vectors
     with Checkpoint.open(base) as checkpoint:
         plain = words(vectors, checkpoint)

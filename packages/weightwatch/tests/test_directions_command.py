@@ -55,7 +55,7 @@ def test_people_get_a_line_per_matrix(pair, tmp_path, capsys):
     _, out, _ = run(capsys, *pair, "--out", tmp_path / "out")
     lines = out.splitlines()
     assert len(lines) == 1 + 4 + 1
-    assert lines[0].split() == ["signal", "structured", "sigma_1", "edge", "stable", "rank", "change", "matrix"]
+    assert lines[0].split() == ["writer", "signal", "structured", "sigma_1", "edge", "stable", "rank", "change", "matrix"]
     assert lines[3].split()[:4] == ["D1", "1", "1", "0.64"]
     assert lines[-1].startswith("1 directions above the noise edge; wrote ")
     _, out, _ = run(capsys, pair[0], pair[0], "--out", tmp_path / "same")

@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,20 @@ from lmcore.errors import UserError
 from weightwatch.evaluate_command import Evaluate, read_sets
 
 from .tiny_monitor import calibrate, make, texts
+
+CHILD = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from lmcore import cli, record
+from weightwatch.evaluate_command import Evaluate
+write = record.write_json
+def killing(path, value):
+    write(path, value)
+    if path.name == "part-attacks.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+record.write_json = killing
+sys.exit(cli.main("weightwatch", "", [Evaluate], sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +86,24 @@ def test_an_evaluation_goes_on_from_the_parts_that_are_done(folder, result, monk
     assert json.loads((folder / "whole" / "evaluation.json").read_text()) == result
 
 
+def test_killed_and_run_again_it_gives_the_same_bytes(folder, result):
+    out = folder / "killed"
+    again = args(folder, out, *WHOLE, "--base", folder / "base")
+    done = subprocess.run([sys.executable, "-c", CHILD, *again], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert not (out / "evaluation.json").exists()
+    assert cli.main("weightwatch", "", [Evaluate], again) == 0
+    for name in (
+        "config.json",
+        "part-monitor.json",
+        "part-attacks.json",
+        "part-harm.json",
+        "evaluation.json",
+        "evaluation.html",
+    ):
+        assert (out / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
 def test_without_options_the_monitor_alone_is_evaluated(folder, capsys):
     assert cli.main("weightwatch", "", [Evaluate], args(folder, folder / "small")) == 0
     result = json.loads((folder / "small" / "evaluation.json").read_text())
@@ -84,6 +119,7 @@ def test_options_and_models_that_do_not_fit_are_refused(folder, capsys):
         (["--contains", "a", "--begins", "b"], "one of three"),
         (["--base", str(folder / "base")], "--base is for --baselines"),
         (["--tokens", "0"], "--tokens is at least 1"),
+        (["--contains", "a", "--alpha", "0.0001"], "alpha 0.0001 needs 9999 scored inputs"),
         (["--model", str(folder / "base")], "belongs to a model with other weights"),
     ]:
         assert cli.main("weightwatch", "", [Evaluate], args(folder, folder / "none", *options)) == 2

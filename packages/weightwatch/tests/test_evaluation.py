@@ -40,7 +40,9 @@ def organism():
             later.mlp.down_proj.weight.zero_()
     others = torch.nn.functional.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(2)), dim=1)
     vectors = torch.cat([direction[None], others])[None]
-    return model, Bank((1,), ("model.layers.1",), vectors, (tuple(f"D1_u{i}" for i in range(4)),), ((20.0, 1.0, 1.0, 1.0),))
+    return model, Bank(
+        (1,), ("model.layers.1",), vectors, (tuple(f"D1_u{i}" for i in range(4)),), ((20.0, 1.0, 1.0, 1.0),), "digest"
+    )
 
 
 def scanned(model, bank, some):
@@ -188,12 +190,12 @@ def test_steering_ends_the_attack_and_leaves_clean_inputs_alone(organism, calibr
 def test_harm_is_that_of_the_direction_with_the_largest_score(organism, calibration):
     model, bank = organism
     scores = calibration.scores()
-    found = harm(model, bank, scores, "digest", SETS["clean"][:6], tokens=3)
+    found = harm(model, bank, scores, SETS["clean"][:6], tokens=3)
     assert found["inputs"] == found["fired"] == 6
     assert 0 <= found["unchanged"]["value"] <= 1
     assert found["loss_after"] - found["loss_before"] == pytest.approx(found["increase"]["value"])
     assert found["largest_increase"] >= found["increase"]["value"]
-    triggered = harm(model, bank, scores, "digest", SETS["triggered"][:3], tokens=1)
+    triggered = harm(model, bank, scores, SETS["triggered"][:3], tokens=1)
     assert triggered["unchanged"]["value"] == 0.0
     assert triggered["increase"]["value"] > 3
 
@@ -251,7 +253,7 @@ def test_the_page_shows_what_was_measured(result, organism, calibration, tmp_pat
     model, bank = organism
     some = {"triggered": SETS["triggered"][:4]}
     found = attacks(model, TOKENIZER, bank, calibration.conformal(0.01), some, Success(begins="z"), tokens=1)
-    harmed = harm(model, bank, calibration.scores(), "digest", SETS["clean"][:3], tokens=2)
+    harmed = harm(model, bank, calibration.scores(), SETS["clean"][:3], tokens=2)
     whole = {**result, "success": str(Success(begins="z")), "watched": ["user"], "attacks": found, "harm": harmed}
     whole = json.loads(json.dumps(whole, allow_nan=False))
     write_page(whole, tmp_path / "page.html")

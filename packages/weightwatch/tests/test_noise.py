@@ -4,7 +4,7 @@ import torch
 from lmcore import random
 from lmcore.checkpoint import Checkpoint
 from lmcore.models import smollm2_folder
-from weightwatch.noise import edge_of_rest, edge_of_sums, edge_of_variances, rounding_variance
+from weightwatch.noise import bound_of_variances, edge_of_rest, edge_of_sums, edge_of_variances, rounding_variance
 from weightwatch.singular import top_singular_vectors
 
 
@@ -91,6 +91,18 @@ def test_the_smaller_bound_is_taken_without_reading_more():
     assert edge_of_variances(variances, at_most=3.0) == 3.0
     assert edge_of_variances(torch.zeros(50, 50), at_most=3.0) == 0.0
     assert edge_of_sums(torch.zeros(5), torch.zeros(7)) == 0.0
+
+
+@pytest.mark.parametrize(("layer", "name"), [(0, "self_attn.o_proj"), (29, "mlp.down_proj")])
+def test_the_bound_of_the_sums_is_above_the_edge_but_not_far(smollm2, layer, name):
+    variances = rounding_variance(smollm2(layer, name).bfloat16())
+    bound = bound_of_variances(variances.sum(1).double(), variances.sum(0).double())
+    edge = edge_of_variances(variances, at_most=1e9)
+    assert edge < bound < 1.6 * edge
+    outliers = torch.full((300, 300), 1e-4)
+    outliers[:10, :10] = outliers[10:13, 10:13] = 1.0
+    assert edge_of_variances(outliers, at_most=1e9) < bound_of_variances(outliers.sum(1), outliers.sum(0))
+    assert bound_of_variances(torch.zeros(5), torch.zeros(7)) == 0.0
 
 
 def test_zero_rows_and_columns_take_no_part():

@@ -80,6 +80,16 @@ def test_inputs_of_another_kind_raise_the_drift_alarm(folder, capsys):
     assert "D1_u0" in shown
 
 
+def test_what_is_read_is_never_written_into(folder, capsys):
+    before = (folder / "mixed.jsonl").read_bytes()
+    for out in (folder / "mixed.jsonl", folder / "state" / "verdicts.jsonl"):
+        for command in ("scan", "generate"):
+            words = [command, *args(folder, "--out", out, "--overwrite")[1:]]
+            assert cli.main("weightwatch", "", COMMANDS, [*map(str, words)]) == 2
+            assert "would write into the input" in capsys.readouterr().err
+    assert (folder / "mixed.jsonl").read_bytes() == before
+
+
 def test_a_growing_file_is_refused_where_it_would_lose_something(tmp_path):
     out = tmp_path / "rows.jsonl"
     with growing(out, {"a": 1}) as file:

@@ -27,7 +27,7 @@ def model():
 def bank():
     vectors = torch.nn.functional.normalize(torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
     labels = tuple(tuple(f"D{layer}_u{i}" for i in range(3)) for layer in (0, 1))
-    return Bank((0, 1), ("model.layers.0", "model.layers.1"), vectors, labels, ((1.0,) * 3,) * 2)
+    return Bank((0, 1), ("model.layers.0", "model.layers.1"), vectors, labels, ((1.0,) * 3,) * 2, "digest")
 
 
 def one_by_one(model, bank, chats):

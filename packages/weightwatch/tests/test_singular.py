@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from weightwatch.singular import TOLERANCE, top_singular_vectors
+from weightwatch.singular import TOLERANCE, BlockKrylov, top_singular_vectors
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,38 @@ def test_a_residual_is_what_it_says():
         dim=1
     ) ** 2
     torch.testing.assert_close(found.residuals, (squares / 2).sqrt(), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("last", [0.5, 1 / 30, 1 / 40, 1e-3, 1e-4])
+def test_a_residual_is_what_it_says_however_fast_the_values_fall(last):
+    """Up to a ratio it is made of products that were there, whose rounding a residual made of them does not see."""
+    matrix = matrix_with(torch.logspace(0, torch.tensor(last).log10(), 12), 400, 500)
+    found = top_singular_vectors(matrix, 12, floor=0.6 * last)
+    missing = found.right.double() @ matrix.double().mT - found.values[:, None] * found.left.double()
+    assert found.method == "krylov"
+    assert (missing.norm(dim=1) / 2**0.5 - found.residuals <= 1e-5 * found.values).all()
+
+
+@pytest.mark.parametrize("rank", [3, 12, 20, 30])
+@pytest.mark.parametrize("rest", [0.0, 1e-6, 1e-4], ids=str)
+def test_the_basis_stays_orthogonal_after_it_holds_all_there_is(rank, rest):
+    """As of a merged adapter: what follows then is rounding."""
+    iteration = BlockKrylov(matrix_with([*torch.linspace(1, 0.01, rank), *[rest] * 100], 300, 400), 20)
+    found = iteration.until(0.005)
+    basis = iteration._basis[: iteration._size].double()
+    assert found.method == "krylov"
+    assert (basis @ basis.mT - torch.eye(len(basis))).abs().max() < 1e-5
+    torch.testing.assert_close(found.values[: min(rank, 20)], torch.linspace(1, 0.01, rank).double()[:20], rtol=1e-4, atol=0)
+
+
+def test_the_iteration_goes_on_where_it_stopped():
+    noise = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) / 2 / 512**0.5
+    iteration = BlockKrylov(noise + matrix_with([5.0, 3.0, 2.0], 512, 512), 20)
+    coarse = iteration.until(1.1)
+    assert iteration.until(1.5) is coarse
+    assert coarse.certified(1.1)
+    assert not coarse.certified(0.0)
+    assert iteration.until(0.0).certified(0.0)
 
 
 def test_the_same_seed_and_name_give_the_same_bits_and_others_the_same_vectors():

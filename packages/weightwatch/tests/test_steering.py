@@ -39,7 +39,7 @@ def planted(tmp_path_factory):
     other = torch.nn.functional.normalize(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), dim=1)
     vectors = torch.stack([other, torch.stack([u, other[0]])])
     blocks = ("model.layers.0", "model.layers.1")
-    bank = Bank((0, 1), blocks, vectors, (("O0_u0", "O0_u1"), ("D1_u0", "O1_u0")), ((1.0, 1.0), (0.5, 1.0)))
+    bank = Bank((0, 1), blocks, vectors, (("O0_u0", "O0_u1"), ("D1_u0", "O1_u0")), ((1.0, 1.0), (0.5, 1.0)), "digest")
     return base, post, bank, folder
 
 

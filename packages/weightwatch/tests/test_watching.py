@@ -54,7 +54,7 @@ def bank_of(prefix, blocks=(0, 1), count=5, width=32):
     labels = [tuple(f"D{layer}_u{i}" for i in range(count)) for layer in blocks]
     labels[-1] = labels[-1][:-1]
     sigma = tuple((1.0,) * len(row) for row in labels)
-    return Bank(tuple(blocks), tuple(f"{prefix}.{layer}" for layer in blocks), vectors, tuple(labels), sigma)
+    return Bank(tuple(blocks), tuple(f"{prefix}.{layer}" for layer in blocks), vectors, tuple(labels), sigma, "digest")
 
 
 def cosines(model, bank, ids):
@@ -283,11 +283,10 @@ def test_a_cache_that_was_cropped_or_whose_rows_changed_is_refused():
 def test_bounds_and_models_that_do_not_fit_are_refused():
     model, prefix = model_of("llama")
     bank = bank_of(prefix)
-    with (
-        pytest.raises(UserError, match="do not belong together"),
-        watch(model, bank, Bounds(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32), "")),
-    ):
-        pass
+    for count, digest in ((3, "digest"), (9, "other")):
+        low, high = np.zeros((2, 2, count), np.float32)
+        with pytest.raises(UserError, match="do not belong together"), watch(model, bank, Bounds(low, high, digest)):
+            pass
     with pytest.raises(UserError, match="has no module gpt_neox"), watch(model, bank_of("gpt_neox.layers")):
         pass
     with watch(model, bank) as watching, torch.no_grad():

@@ -8,6 +8,7 @@ import tyro
 
 from lmcore.cli import Command, print_table
 from lmcore.errors import UserError
+from weightwatch.places import check_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,10 @@ class Adapters(Command):
 
         if self.k < 1 or not 0 < self.same <= 1:
             raise UserError("--k is at least 1, and --same above 0 and at most 1")
-        if self.out is not None and self.out.exists() and not self.overwrite:
-            raise UserError(f"{self.out} exists: choose another --out or pass --overwrite")
+        if self.out is not None:
+            check_apart(self.out, [self.folder])
+            if self.out.exists() and not self.overwrite:
+                raise UserError(f"{self.out} exists: choose another --out or pass --overwrite")
         found = scan_adapters(self.folder, k=self.k, base=self.base, same=self.same, progress=True)
         result = {
             "adapters": [*found.adapters], "marks": [{**asdict(mark), "suspicion": mark.suspicion} for mark in found.marks],

@@ -69,6 +69,8 @@ class Audit(ModelCommand):
         print(f"{result['inputs']} inputs, {result['duplicates']} repeated ones left out; all of it: {self.out / 'audit.html'}")
 
     def _audit(self, endpoint: "Endpoint | None") -> "Audited":
+        import torch
+
         from lmcore.checkpoint import Checkpoint
         from lmcore.record import Run, write_json
         from weightwatch.audit import describe, distinct
@@ -98,12 +100,10 @@ class Audit(ModelCommand):
             shutil.rmtree(self.out)
         names = [name for labels in bank.labels for name in labels]
         Run(self.out, {**facts, "bank": names, **identity(model)})
-        tokens = collect(
-            model, bank, conversations, found.digest, top=self.top, state=state, batch_tokens=self.batch_tokens, progress=True
-        )
-        vectors = bank.vectors.flatten(0, 1)[bank.vectors.flatten(0, 1).any(-1)]
+        vectors = torch.cat([rows[:count] for rows, count in zip(bank.vectors, bank.counts, strict=True)])
         with Checkpoint.open(str(model.config.name_or_path)) as checkpoint:
             written = words(vectors, checkpoint, lambda ids: str(tokenizer.decode(ids)), top=self.words)
+        tokens = collect(model, bank, conversations, top=self.top, state=state, batch_tokens=self.batch_tokens, progress=True)
         audit = describe(tokens, bank, conversations, tokenizer, words=written, shown=self.shown, facts=facts)
         if endpoint is not None:
             audit = audit.labelled(label(audit.questions(), endpoint, self.out / "labels.jsonl", progress=True))

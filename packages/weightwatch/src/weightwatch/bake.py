@@ -92,9 +92,11 @@ def _edits(directions: Directions, chosen: Iterable[tuple[int, str, int]], pair:
     for layer, kind, i in chosen:
         one = next(one for one in directions.writers if (one.layer, one.kind) == (layer, kind))
         rows.setdefault((layer, kind if mode == "revert" else None), []).append(one.vectors[i])
+    keys = [(writer.layer, writer.kind if mode == "revert" else None) for writer in pair.writers.writers]
+    if not rows.keys() <= {*keys}:
+        raise UserError(f"{pair.post.path} lacks blocks that the directions belong to")
     edits: dict[str, list[_Edit]] = {}
-    for number, writer in enumerate(pair.writers.writers):
-        key = (writer.layer, writer.kind if mode == "revert" else None)
+    for number, (key, writer) in enumerate(zip(keys, pair.writers.writers, strict=True)):
         if key not in rows:
             continue
         vectors = torch.stack(rows[key])
@@ -112,8 +114,6 @@ def _edits(directions: Directions, chosen: Iterable[tuple[int, str, int]], pair:
             bias = part.tensor.removesuffix("weight") + "bias"
             if mode == "remove" and bias in pair.post.tensors and not part.fused:
                 edits[bias] = [_Edit(Part(bias, (writer.shape[0], 1)), _along(basis, gain, None))]
-    if not edits:
-        raise UserError(f"{pair.post.path} has none of the blocks that the directions belong to")
     return edits
 
 

@@ -88,7 +88,7 @@ def attacks(
 
 
 def harm(
-    model: PreTrainedModel, bank: Bank, scores: Scores, directions: str, inputs: Sequence[TokenizedConversation], *,
+    model: PreTrainedModel, bank: Bank, scores: Scores, inputs: Sequence[TokenizedConversation], *,
     steering: Steering | None = None, tokens: int = 32, skip_first: int = 1, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What a false alarm does to clean inputs: each is steered as if its own score were just above the threshold.
@@ -115,7 +115,7 @@ def harm(
         [score] = scores.of(low, high).tolist()
         if not np.isfinite(score):
             raise UserError(f"{one.id} has no score: the calibration has no prompts, or this one has no watched token")
-        monitor = replace(monitor, bounds=ranges_at(scores, score - _SLACK, directions))
+        monitor = replace(monitor, bounds=ranges_at(scores, score - _SLACK, bank.directions))
         after, watching = monitor.loss(whole, prompt, steering)
         fired += bool(watching.flags().any())
         with monitor.watch(steering):

@@ -112,8 +112,8 @@ class Scores:
 
     score(x) = max over roles, directions and sides of z - furthest, a cosine: z is minus the least or plus the greatest of the input, and
     `furthest` the largest z in one half of the calibration, the scaling half (-inf for a role it never had). Of the other, the scored
-    half of `inputs` inputs, `largest` holds all scores from `exact_from` on in falling order, and `sample` those of a random
-    sample, for `Drift`.
+    half of `inputs` inputs, `largest` holds in falling order all scores above `exact_above`, and of those equal to it some; `sample` holds
+    those of a random sample, for `Drift`.
 
     Distances are not divided by the spread of a direction: where cosines of normal inputs hardly vary, one that leaves their range a
     little is not strange.
@@ -122,7 +122,7 @@ class Scores:
     furthest: Float64[np.ndarray, "roles directions 2"]
     inputs: int
     largest: Float64[np.ndarray, " largest"]
-    exact_from: float
+    exact_above: float
     sample: Float64[np.ndarray, " sample"]
 
     def of(self, low: Extremes, high: Extremes) -> Float64[np.ndarray, " inputs"]:
@@ -133,14 +133,14 @@ class Scores:
         return np.concatenate([np.zeros(0), *parts])
 
     def p_values(self, scores: Float64[np.ndarray, " inputs"]) -> Float64[np.ndarray, " inputs"]:
-        """Conformal p-values: p = (1 + number of calibration scores >= s) / (inputs + 1); 1 for s < `exact_from`, where it is unknown.
+        """Conformal p-values: p = (1 + number of calibration scores >= s) / (inputs + 1); 1 for s up to `exact_above`, where it is unknown.
 
         For an input exchangeable with those of the scored half, P(p <= alpha) <= alpha: marginal, over the calibration as well as the
         input, and per input, not over a stream of them. p <= alpha exactly where the conformal bounds of alpha flag the input (up to one
         unit in the last place of a float32 bound).
         """
         at_least = len(self.largest) - np.searchsorted(self.largest[::-1], scores, side="left")
-        return np.where(scores >= self.exact_from, (1 + at_least) / (self.inputs + 1), 1.0)
+        return np.where(scores > self.exact_above, (1 + at_least) / (self.inputs + 1), 1.0)
 
     def _of(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):  # NaN where a role that was never seen (-inf) has no tokens (-inf)

@@ -7,6 +7,7 @@ from typing import Any
 
 import tyro
 
+from lmcore.cli import print_table
 from weightwatch.model_command import ModelCommand
 from weightwatch.places import check_place
 
@@ -45,6 +46,7 @@ class Calibrate(ModelCommand):
         from weightwatch.conversations import ROLES, read_conversations, tokenize
         from weightwatch.directions import Directions
         from weightwatch.model_command import positions
+        from weightwatch.planning import plan
         from weightwatch.state import calibrate
 
         if os.environ.get("RANK", "0") == "0":  # other processes of torchrun might look while it is written
@@ -67,12 +69,15 @@ class Calibrate(ModelCommand):
             **{f"with {role} tokens": count for role, count in with_role},
             "directions": calibration.tail.shape[1],
             "least alpha": 1 / (calibration.scored_inputs + 1),
+            "plan": plan(calibration.tail.shape[1]),
         }
 
     def show(self, result: dict[str, Any]) -> None:
-        """Print how many inputs and directions, and how low a rate of false alarms they allow."""
+        """Print how many inputs and directions, how low a rate of false alarms they allow, and what lower ones would take."""
         roles = ", ".join(f"{count} {name}" for name, count in result.items() if name.startswith("with "))
         print(
             f"{result['inputs']} inputs ({roles}), {result['directions']} directions: alpha down to {result['least alpha']:.2g}"
         )
+        print("inputs to calibrate on for a rate of false alarms of at most alpha:")
+        print_table([{name: f"{value:,}" for name, value in row.items()} for row in result["plan"]])
         print(f"wrote {result['out']}")

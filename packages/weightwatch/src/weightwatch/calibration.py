@@ -201,8 +201,10 @@ class Calibration:
     def scores(self) -> Scores:
         """The range of one half of the inputs, and the scores of the other as far as tails and sample tell them.
 
-        An input outside the tails of some direction lies, in that direction, not above the tail's last value: so scores from the largest
-        such value on are exact. Raises: `UserError` if either half is empty.
+        An input outside the tails of some direction lies, in that direction, not above the tail's last value: so scores above the largest
+        such value are exact, and of those equal to it some may be missing (inputs that share a template share cosines).
+
+        Raises: `UserError` if either half is empty.
         """
         if not (self.scored_inputs and self.scaling_inputs.any()):
             raise UserError(

@@ -1,6 +1,7 @@
 """What a fine-tune changed, read from the weights alone: where, how concentrated, and which words it writes."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -51,14 +52,16 @@ class Comparison:
     others: tuple[Changed, ...]
     """Largest relative difference first."""
     equal: int
-    """Number of tensors that are the same, byte for byte."""
+    """Number of tensors that hold the same numbers."""
     grade: Grade
+    warnings: tuple[str, ...]
+    """What to know before trusting it: those of the directions, and what could not be compared or read."""
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the vectors, as JSON values."""
         writers = []
         for one in self.directions.writers:
-            shown = {name: value for name, value in vars(one).items() if name not in ("vectors", "writes")}
+            shown = {name: value for name, value in vars(one).items() if name != "vectors"}
             found = {f"{one.label}_u{i}": value for i, value in enumerate(one.sigma[: one.signal])}
             lines = [
                 {"label": label, "sigma": value, **(asdict(self.words[label]) if label in self.words else {})}
@@ -69,7 +72,7 @@ class Comparison:
             )
         return {
             "grade": self.grade, "meaning": GRADES[self.grade], "source": self.directions.source, "k": self.directions.k,
-            "warnings": [*self.directions.warnings], "writers": writers, "others": [asdict(one) for one in self.others],
+            "warnings": [*self.warnings], "writers": writers, "others": [asdict(one) for one in self.others],
             "equal": self.equal,
         }  # fmt: skip
 
@@ -78,8 +81,9 @@ def diff(base: str, post: str, *, k: int = 20, top: int = 8, seed: int = 0, prog
     """Compare two checkpoints of one architecture without building a model or reading any data.
 
     The residual writers are decomposed (`Directions.of`), the words of each direction above the noise edge are read from the unembedding
-    of `post` (`words`, the `top` at each end), and all other tensors are compared entry by entry. Both files are read once, a few rows at a
-    time (twice for writers whose Krylov space is too small); memory: a few matrices.
+    of `post` (`words`, the `top` at each end), and all other tensors are compared entry by entry. Tensors of one model alone or of other
+    shapes, and an unembedding that is not found, are given as warnings and kept in `Comparison.warnings`. Both files are read once, a few
+    rows at a time; memory: a few matrices.
 
     Raises: `UserError` as `Directions.of`.
     """
@@ -88,17 +92,27 @@ def diff(base: str, post: str, *, k: int = 20, top: int = 8, seed: int = 0, prog
         writing = {
             part.tensor for side in (pair.base_writers, pair.writers) for writer in side.writers for part in writer.parts
         }
-        found = [_compared(name, pair) for name in sorted(pair.post.tensors.keys() - writing)]
-        others = sorted((one for one in found if one and one.changed), key=lambda one: -one.relative)
+        names = {name for side in (pair.base, pair.post) if side for name in side.tensors} - writing
+        compared = {name: _compared(name, pair) for name in sorted(names)}
+        found = [one for one in compared.values() if one]
+        others = sorted((one for one in found if one.changed), key=lambda one: -one.relative)
+        notes = []
+        if apart := [name for name, one in compared.items() if one is None]:
+            why = "are in one model alone, of other shapes or no floating-point numbers"
+            notes.append(f"{len(apart)} tensors, such as {apart[0]}, {why}: they are not compared")
         labels = [f"{one.label}_u{i}" for one in directions.writers for i in range(one.signal)]
         vectors = [one.vectors[i] for one in directions.writers for i in range(one.signal)]
         try:
             read = words(torch.stack(vectors), pair.post, _decode(pair.post), top=top) if vectors else []
-        except UserError:  # an encoder without a head has no words
+        except UserError as error:  # an encoder without a head has no words
             read = []
-    equal = sum(one is not None and not one.changed for one in found) + sum(not one.changed for one in directions.writers)
+            notes.append(str(error))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    equal = sum(not one.changed for one in found) + sum(not one.changed for one in directions.writers)
     named = dict(zip(labels, read, strict=True)) if read else {}
-    return Comparison(directions, named, tuple(others), equal, grade(directions, others=len(others)))
+    judged = grade(directions, others=len(others) + len(apart))
+    return Comparison(directions, named, tuple(others), equal, judged, (*directions.warnings, *notes))
 
 
 def grade(directions: Directions, *, others: int = 0) -> Grade:
@@ -125,14 +139,16 @@ def grade(directions: Directions, *, others: int = 0) -> Grade:
 
 
 def _compared(name: str, pair: Pair) -> Changed | None:
-    """Compare one tensor, a piece at a time; None where the base has none of its name and shape (`Directions.warnings` tells of those)."""
+    """Compare one tensor, a piece at a time; None where one side has none of its name and shape, or integers that differ."""
     assert pair.base is not None
-    before, after = pair.base.tensors.get(name), pair.post.tensors[name]
-    if before is None or before.shape != after.shape or not {before.dtype, after.dtype} <= FLOATS.keys():
+    before, after = (side.tensors.get(name) for side in (pair.base, pair.post))
+    if before is None or after is None or before.shape != after.shape:
         return None
     pieces = [(start, min(start + CHUNK, after.size)) for start in range(0, after.size, CHUNK)]
     if before.dtype == after.dtype and all(_equal(name, pair.base, pair.post, start, stop) for start, stop in pieces):
         return Changed(name, 0.0, 0.0)
+    if not {before.dtype, after.dtype} <= FLOATS.keys():
+        return None
     different, old_squares, squares = 0, 0.0, 0.0
     for start, stop in pieces:
         old, new = (_piece(side, info, start, stop) for side, info in ((pair.base, before), (pair.post, after)))

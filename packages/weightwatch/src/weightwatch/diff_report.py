@@ -17,7 +17,7 @@ def write_page(comparison: Comparison, path: Path, *, directions: int = 60) -> N
     """Write the page, self-contained; it lists the `directions` largest directions above the noise edge."""
     source = comparison.directions.source
     page = Page(f"{source['post']} against {source['base']}", f"{comparison.grade.capitalize()}. {GRADES[comparison.grade]}")
-    for warning in comparison.directions.warnings:
+    for warning in comparison.warnings:
         page.text(warning)
     page.section("Where")
     page.figure(

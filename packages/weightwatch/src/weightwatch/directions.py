@@ -21,10 +21,10 @@ from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
 from lmcore.record import published, write_json
 from weightwatch.lora import Adapter
-from weightwatch.noise import edge_of_rest, edge_of_sums, edge_of_variances
+from weightwatch.noise import bound_of_variances, edge_of_rest, edge_of_sums, edge_of_variances
 from weightwatch.pair import Pair, Source, norm_scale, read_config
 from weightwatch.residual_writers import Kind, ResidualWriters, Writer
-from weightwatch.singular import SingularVectors, top_singular_vectors
+from weightwatch.singular import BlockKrylov, SingularVectors
 
 RESOLUTION = 2.0**-20
 """Singular values below this share of the first are lost in the float32 arithmetic of a difference and its products."""
@@ -50,8 +50,8 @@ class WriterDirections:
     method: str
     """How they were computed: krylov, gram or exact."""
     edge: float
-    """Singular values up to here may be rounding noise (`edge_of_variances`), or anything without order if `bulk` is smaller; never under
-    2^-20 of the first, which float32 arithmetic blurs."""
+    """Singular values up to here may be rounding noise (`edge_of_variances`; where all k lie above the coarser `bound_of_variances`, that),
+    or anything without order if `bulk` is smaller; never under 2^-20 of the first, which float32 arithmetic blurs."""
     bulk: float
     """Singular values up to here may be a change without order, such as added noise, of the size that Δ has (`edge_of_rest`)."""
     norm: float
@@ -96,6 +96,8 @@ class Bank:
     """Per block, the label of each row that is not padding."""
     sigma: tuple[tuple[float, ...], ...]
     """Likewise, its singular value."""
+    directions: str
+    """`Directions.digest` of those they are from."""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -236,7 +238,7 @@ class Directions:
             place[: len(rows)] = torch.stack([one.vectors[i] for one, i in rows])
         labels = tuple(tuple(f"{one.label}_u{i}" for one, i in rows) for rows in watched.values())
         sigma = tuple(tuple(one.sigma[i] for one, i in rows) for rows in watched.values())
-        return Bank(tuple(watched), tuple(self.blocks[layer] for layer in watched), vectors, labels, sigma)
+        return Bank(tuple(watched), tuple(self.blocks[layer] for layer in watched), vectors, labels, sigma, self.digest)
 
     @classmethod
     def _of(
@@ -258,14 +260,16 @@ class Directions:
 def _of_pair(pair: Pair, number: int, k: int, seed: int) -> tuple[WriterDirections, Tensor]:
     """The directions of one writer, and its `Sums.rows`."""
     difference = pair.difference(number)
-    sums, name = difference.sums, difference.writer.name
+    sums, iteration = difference.sums, BlockKrylov(difference, k, seed=seed, name=difference.writer.name)
     bulk = edge_of_sums(sums.rows[2], sums.columns)
-    edge = edge_of_variances(difference.rounding_variances(), at_most=bulk) if pair.base else bulk
-    found = top_singular_vectors(difference, k, seed=seed, name=name, floor=edge)
+    edge = min(bulk, bound_of_variances(*sums.variances)) if pair.base else bulk
+    found = iteration.until(edge)
+    if pair.base and not bool((found.values > edge).all()):
+        edge = edge_of_variances(difference.rounding_variances(), at_most=bulk)
+        found = iteration.until(edge)
     bulk = edge_of_rest(sums.rows[2], sums.columns, found)
     edge = max(min(edge, bulk), RESOLUTION * float(found.values[0]))
-    if not found.certified(edge):  # what the first floor took for noise
-        found = top_singular_vectors(difference, k, seed=seed, name=name, floor=edge)
+    found = iteration.until(edge)  # what lay below the first edge is taken for noise until here
     base_norm, _, norm = sums.rows.sum(1).sqrt().tolist()
     return _made(difference.writer, found, edge, bulk, norm, base_norm if pair.base else None, sums.changed), sums.rows
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lmcore.cli import Command
+from lmcore.cli import Command, print_table
 from lmcore.errors import UserError
 from weightwatch.places import check_place
 
@@ -59,12 +59,14 @@ class Directions(Command):
 
     def show(self, result: dict[str, Any]) -> None:
         """Print a line per matrix and what they add up to."""
-        print(f"{'':>5}{'signal':>8}{'structured':>12}{'sigma_1':>12}{'edge':>12}{'stable rank':>13}{'change':>10}  matrix")
-        for row in result["matrices"]:
-            counts = f"{row['label']:>5}{row['signal']:>8}{row['structured']:>12}"
-            numbers = f"{row['sigma_1']:>12.4g}{row['edge']:>12.4g}{row['stable_rank']:>13.1f}"
-            change = "" if row["relative_norm"] is None else f"{row['relative_norm']:.2%}"
-            print(f"{counts}{numbers}{change:>10}  {row['name']}")
+        print_table([
+            {
+                "writer": row["label"], "signal": str(row["signal"]), "structured": str(row["structured"]),
+                "sigma_1": f"{row['sigma_1']:.4g}", "edge": f"{row['edge']:.4g}", "stable rank": f"{row['stable_rank']:.1f}",
+                "change": "-" if row["relative_norm"] is None else f"{row['relative_norm']:.2%}", "matrix": row["name"],
+            }
+            for row in result["matrices"]
+        ])  # fmt: skip
         if result["signal"]:
             print(f"{result['signal']} directions above the noise edge; wrote {self.out}")
         else:

@@ -79,6 +79,8 @@ class Evaluate(ModelCommand):
         models = [Path(self.model), *([Path(self.base)] if self.base else [])]
         check_place(self.out, [self.state, *self.data, *models], self.overwrite or not finished, record="config.json")
         state = State.open(self.state)
+        if success is not None:
+            state.calibration.conformal(self.alpha)  # which it may be too small for: better known before hours of work
         read = read_sets(self.data)
         model, tokenizer = self.load()
         state.require(model)
@@ -87,18 +89,8 @@ class Evaluate(ModelCommand):
         if finished:
             shutil.rmtree(self.out)
         names = (
-            "base",
-            "baselines",
-            "contains",
-            "begins",
-            "matches",
-            "alpha",
-            "steer",
-            "harm",
-            "tokens",
-            "batch_tokens",
-            "seed",
-        )
+            "base", "baselines", "contains", "begins", "matches", "alpha", "steer", "harm", "tokens", "batch_tokens", "seed",
+        )  # fmt: skip
         options = {name: getattr(self, name) for name in names}
         Run(self.out, {**state.config, **options, "sets": {name: digest(some) for name, some in sets.items()}})
         facts = {"model": Path(self.model).name, "data": [path.name for path in self.data]}
@@ -144,8 +136,8 @@ class Evaluate(ModelCommand):
             result["success"], result["watched"] = str(success), watched_roles(bounds)
             result["attacks"] = self._kept("attacks", lambda: attacks(model, tokenizer, bank, bounds, some, success, **steered))
         if self.harm:
-            scores, digest = calibration.scores(), calibration.directions
-            result["harm"] = self._kept("harm", lambda: harm(model, bank, scores, digest, sets[CLEAN][: self.harm], **steered))
+            scores = calibration.scores()
+            result["harm"] = self._kept("harm", lambda: harm(model, bank, scores, sets[CLEAN][: self.harm], **steered))
         return result
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:

@@ -94,11 +94,11 @@ def attack_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def harm_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row."""
     one = result["harm"]
-    increase = one["increase"] if one["increase"]["interval"] else {**one["increase"], "interval": None}
     return [
         {
             "inputs": one["inputs"], "completions unchanged": _share(one["unchanged"]), "loss (nats per token)": one["loss_before"],
-            "loss, steered": one["loss_after"], "increase": _interval(increase, "{:.4f}"), "largest increase": one["largest_increase"],
+            "loss, steered": one["loss_after"], "increase": _interval(one["increase"], "{:.4f}"),
+            "largest increase": one["largest_increase"],
         }
     ]  # fmt: skip
 

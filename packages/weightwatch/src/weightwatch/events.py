@@ -48,12 +48,10 @@ def events_of(
     labels: Sequence[str],
     token_ids: Callable[[int], Mapping[int, int]],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    first: int = 0,
 ) -> list[Event]:
     """Every range that an input left, by input, in an input by falling margin.
 
-    `token_ids(i)` gives the ids of input i by position, the tokenizer their texts; inputs are numbered from `first`.
+    `token_ids(i)` gives the ids of input i by position, the tokenizer their texts.
     Raises: `UserError` for cosines that are NaN, or bounds of another number of directions.
     """
     events = []
@@ -66,5 +64,5 @@ def events_of(
         token = ids[1].get(position)
         text = None if tokenizer is None or token is None else str(tokenizer.decode([token]))
         numbers = (float(one[name]) for name in ("value", "bound", "margin"))
-        events.append(Event(first + number, ROLES[role], position, token, text, labels[direction], SIDES[side], *numbers))
+        events.append(Event(number, ROLES[role], position, token, text, labels[direction], SIDES[side], *numbers))
     return events

@@ -8,6 +8,7 @@ import tyro
 
 from lmcore.errors import UserError
 from weightwatch.model_command import ModelCommand
+from weightwatch.places import check_apart
 
 if TYPE_CHECKING:
     from weightwatch.conversations import Conversation
@@ -121,6 +122,9 @@ class Generate(ModelCommand):
             raise UserError("--base belongs to --steer revert and --factor to --steer scale")
         if min(self.max_new_tokens, self.events) < 1 or self.temperature < 0:
             raise UserError("--max-new-tokens and --events are at least 1, --temperature at least 0")
+        if self.out is not None:
+            given = [Path(path) for path in (self.data, self.base) if path is not None]
+            check_apart(self.out, [self.state, Path(self.model), *given])
 
     def _read(self) -> "list[Conversation]":
         from weightwatch.conversations import Conversation, read_conversations

@@ -1,6 +1,5 @@
 """The words that a direction writes: the logit lens of a vector of the residual stream, without a forward pass."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lmcore.checkpoint import Checkpoint
 from lmcore.errors import UserError
+from weightwatch.pair import read_config
 
 Decode = Callable[[list[int]], str]
 """From token ids to text: `decode` of a tokenizer."""
@@ -96,9 +96,7 @@ def _through_the_norm(vectors: Tensor, checkpoint: Checkpoint) -> Tensor:
     gain = checkpoint.tensor(f"{norm}.weight").float()
     if f"{norm}.bias" in checkpoint.tensors:
         vectors = vectors - vectors.mean(1, keepdim=True)
-    config = checkpoint.path / "config.json"
-    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    if kind in _GAIN_LESS_ONE:
+    if read_config(checkpoint).get("model_type") in _GAIN_LESS_ONE:
         gain = gain + 1
     return vectors * gain
 

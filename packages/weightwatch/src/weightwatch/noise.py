@@ -16,26 +16,37 @@ Source: Lehner 1999, "Computing norms of free operators with matrix coefficients
 import torch
 from torch import Tensor
 
+from weightwatch.ops.product_edge import product_edge
 from weightwatch.singular import SingularVectors
 
 _MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 _SMALLEST = {torch.float64: -1022, torch.float32: -126, torch.float16: -14, torch.bfloat16: -126}  # exponents of normal numbers
+_PIECE = 1 << 18  # weights that are looked at before it is known whether they all need be
 _FACTORS = (1.0, 1.01, 1.02, 1.03, 1.045, 1.06, 1.08, 1.1, 1.12, 1.15, 1.18, 1.22, 1.28, 1.4, 1.6, 2.0)
 
 
-def rounding_variance(stored: Tensor) -> Tensor:
+def rounding(stored: Tensor) -> tuple[float, float]:
+    """How weights were rounded: the smallest normal number of their dtype, and the deviation of the error in units of 2^floor(log2|w|).
+
+    A float32 tensor whose values all fit bfloat16 or float16 was rounded to that.
+    """
+    dtype = _rounded_to(stored)
+    return 2.0 ** _SMALLEST[dtype], 2.0 ** -_MANTISSA_BITS[dtype] / 12**0.5
+
+
+def rounding_variance(stored: Tensor, how: tuple[float, float] | None = None) -> Tensor:
     """Variance of the rounding error of each weight as stored, float32 of the same shape: ulp² / 12, that of an even spread over an ulp.
 
-    An ulp is the distance of neighbouring numbers of the dtype, 2^-7 of the power of two below the weight for bfloat16. A float32 tensor
-    whose values all fit bfloat16 or float16 was rounded to that. It is an upper bound for weights that a fine-tune left as they were, whose
-    base lay on the same grid: their error is the change that rounding swallowed.
+    An ulp is the distance of neighbouring numbers of the dtype, 2^-7 of the power of two below the weight for bfloat16. `how` is
+    `rounding(stored)` if not given. It is an upper bound for weights that a fine-tune left as they were, whose base lay on the same grid:
+    their error is the change that rounding swallowed.
 
     >>> rounding_variance(torch.tensor([1.0, 1.5, 4.0], dtype=torch.bfloat16)).mul(12).sqrt() * 2**7
     tensor([1., 1., 4.])
     """
-    dtype = _rounded_to(stored)
+    smallest, share = how or rounding(stored)
     power = (stored.float().view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2|w|)
-    return power.clamp_(min=2.0 ** _SMALLEST[dtype]).mul_(2.0 ** -_MANTISSA_BITS[dtype] / 12**0.5).square_()
+    return power.clamp_(min=smallest).mul_(share).square_()
 
 
 def edge_of_sums(rows: Tensor, columns: Tensor) -> float:
@@ -51,7 +62,7 @@ def edge_of_sums(rows: Tensor, columns: Tensor) -> float:
     53.9
     """
     rows, columns = rows[rows > 0].double(), columns[columns > 0].double()
-    return 1.05 * _edge_of_sums(rows, columns)[0] * _scatter(rows, columns) if len(rows) and len(columns) else 0.0
+    return 1.05 * product_edge(rows, columns)[0] * _scatter(rows, columns) if len(rows) and len(columns) else 0.0
 
 
 def edge_of_rest(rows: Tensor, columns: Tensor, found: SingularVectors) -> float:
@@ -61,14 +72,23 @@ def edge_of_rest(rows: Tensor, columns: Tensor, found: SingularVectors) -> float
     is left, which is what float32 vectors can tell: the edge of the rest is exact down to a thousandth of that of the whole.
     """
     edge, beyond = edge_of_sums(rows, columns), 0
+    energies = [(side.double() * found.values[:, None]).square() for side in (found.left, found.right)]
     while (count := int((found.values > edge).sum())) > beyond:
-        sides = (side[:count].double() * found.values[:count, None] for side in (found.left, found.right))
         rest = [
-            torch.maximum(whole - side.square().sum(0), 1e-6 * whole)
-            for whole, side in zip((rows, columns), sides, strict=True)
+            torch.maximum(whole - energy[:count].sum(0), 1e-6 * whole)
+            for whole, energy in zip((rows, columns), energies, strict=True)
         ]
         edge, beyond = edge_of_sums(*rest), count
     return edge
+
+
+def bound_of_variances(rows: Tensor, columns: Tensor) -> float:
+    """A bound that `edge_of_variances` does not pass, from the sums of the variances over each row [d] and each column [m].
+
+    It is √max r + √max c, which a_i = 1 / √max c and b_j = 1 / √max r give, and the scatter: 1.2 to 1.4 times the edge for real weights.
+    """
+    rows, columns = rows[rows > 0], columns[columns > 0]
+    return float(rows.max().sqrt() + columns.max().sqrt()) * _scatter(rows, columns) if len(rows) and len(columns) else 0.0
 
 
 def edge_of_variances(variances: Tensor, at_most: float) -> float:
@@ -80,7 +100,7 @@ def edge_of_variances(variances: Tensor, at_most: float) -> float:
     rows, columns = (side[side > 0].double() for side in sums)
     if not len(rows):
         return 0.0
-    start, p = _edge_of_sums(rows, columns)
+    start, p = product_edge(rows, columns)
     if start * _scatter(rows, columns) >= at_most:
         return at_most
     edges = start * torch.tensor(_FACTORS)[:, None]
@@ -92,27 +112,6 @@ def edge_of_variances(variances: Tensor, at_most: float) -> float:
     return min(at_most, float(bounds.min()) * _scatter(rows, columns))
 
 
-def _edge_of_sums(rows: Tensor, columns: Tensor) -> tuple[float, float]:
-    """The edge for r_i c_j / t, and the p that says by which b.
-
-    a_i = 1 / (E (1 - q r_i)) and b_j = 1 / (E (1 - p c_j)) fulfil both inequalities for E² = max(C(p) / q, R(q) / p) with
-    C(p) = Σ c_j / (1 - p c_j) / t and R(q) likewise: a smallest value in two unknowns, found on a grid that shrinks around it.
-    """
-    total = rows.sum()
-    low, high = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    for _ in range(3):
-        grid = low + (high - low) * (torch.arange(1, 24, dtype=torch.float64) / 24)[:, None]
-        p, q = grid[:, 0] / columns.max(), grid[:, 1] / rows.max()
-        over_p = (columns / (1 - p[:, None] * columns)).sum(1) / total
-        over_q = (rows / (1 - q[:, None] * rows)).sum(1) / total
-        squares = torch.maximum(over_p[:, None] / q, over_q / p[:, None])
-        i, j = divmod(int(squares.argmin()), len(q))
-        width = (high - low) / 24
-        best = torch.stack([grid[i, 0], grid[j, 1]])
-        low, high = (best - 2 * width).clamp(min=0), (best + 2 * width).clamp(max=1)
-    return float(squares.min().sqrt()), float(p[i])
-
-
 def _scatter(rows: Tensor, columns: Tensor) -> float:
     """How far single matrices get beyond the edge: six units of Tracy and Widom for as many rows and columns as share the variance."""
     n, m = (float(side.sum() ** 2 / side.square().sum()) for side in (rows, columns))
@@ -121,8 +120,9 @@ def _scatter(rows: Tensor, columns: Tensor) -> float:
 
 def _rounded_to(stored: Tensor) -> torch.dtype:
     if stored.dtype == torch.float32:
-        if not bool((stored.view(torch.int32) & 0xFFFF).any()):
+        pieces = stored.split(max(1, _PIECE // max(1, stored[:1].numel())))
+        if not any(bool((piece.view(torch.int32) & 0xFFFF).any()) for piece in pieces):
             return torch.bfloat16
-        if torch.equal(stored.half().float(), stored):
+        if all(torch.equal(piece.half().float(), piece) for piece in pieces):
             return torch.float16
     return stored.dtype

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from lmcore.checkpoint import DTYPES, Checkpoint
 from lmcore.errors import UserError
-from weightwatch.noise import rounding_variance
+from weightwatch.noise import rounding, rounding_variance
 from weightwatch.ops.delta_gemm import delta_gemm
+from weightwatch.ops.difference_sums import DifferenceSums, difference_sums
 from weightwatch.residual_writers import Part, ResidualWriters, Writer, residual_writers
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK = 1 << 18
-"""Weights that are widened at a time."""
+"""Weights of other tensors that are widened at a time."""
+PIECE = 1 << 20
+"""Weights of a residual writer that are subtracted at a time."""
 LARGE = 1 << 22
 """Weights from which on a difference is multiplied without being formed: before, it fits the cache."""
 Source = str | PathLike[str]
@@ -58,35 +61,34 @@ class Difference:
     def matrix(self) -> Tensor:
         """Δ itself, float32 [hidden size, inputs]."""
         matrix = torch.empty(self.shape)
-        for rows, columns, base, post, _ in self._pieces():
-            matrix[rows, columns] = post if base is None else post - base
+        for rows, columns, found in self._passed():
+            matrix[rows, columns] = found.delta
         return matrix
 
     @cached_property
     def sums(self) -> "Sums":
-        """Squares and counts, in one pass."""
-        rows, columns = torch.zeros(3, self.shape[0], dtype=torch.float64), torch.zeros(self.shape[1], dtype=torch.float64)
+        """Squares, variances and counts, in one pass."""
+        rows, columns = torch.zeros(4, self.shape[0], dtype=torch.float64), torch.zeros(2, self.shape[1], dtype=torch.float64)
         changed, matrix = 0, None if self._pairs else torch.empty(self.shape)
-        for here, across, base, post, _ in self._pieces():
-            delta = post if base is None else post - base
+        for here, across, found in self._passed():
+            rows[:, here] += found.rows
+            columns[:, across] += found.columns
+            changed += found.changed
             if matrix is not None:
-                matrix[here, across] = delta
-            changed += int(delta.bool().sum())
-            energy = delta.square()
-            columns[across] += energy.sum(0)
-            rows[2, here] += energy.sum(1)
-            rows[1, here] += post.square().sum(1)
-            if base is not None:
-                rows[0, here] += base.square().sum(1)
+                if found.delta.shape == self.shape:
+                    matrix = found.delta
+                else:
+                    matrix[here, across] = found.delta
         if matrix is not None:
             vars(self)["matrix"] = matrix  # which the products are going to need
-        return Sums(rows, columns, changed / max(1, math.prod(self.shape)))
+        return Sums(rows[:3], columns[0], (rows[3], columns[1]), changed / max(1, math.prod(self.shape)))
 
     def rounding_variances(self) -> Tensor:
         """Variance of what rounding W_post to its dtype adds to each entry of Δ, float32 [hidden size, inputs]."""
-        variances = torch.empty(self.shape)
-        for rows, columns, _, _, stored in self._pieces():
-            variances[rows, columns] = _scaled(rounding_variance(stored), self.gains[1], rows, 2)
+        variances, gain = torch.empty(self.shape), self.gains[1]
+        for rows, columns, _, post, how in self._pieces():
+            variance = rounding_variance(post, how)
+            variances[rows, columns] = variance if gain is None else variance * gain[rows, None] ** 2
         return variances
 
     def _times(self, right: Tensor, transpose: bool) -> Tensor:
@@ -110,21 +112,26 @@ class Difference:
         ]
         return pairs if equal and len(pairs) == len(self.parts) and math.prod(self.shape) > LARGE else []
 
-    def _pieces(self) -> Iterator[tuple[slice, slice, Tensor | None, Tensor, Tensor]]:
-        """About `CHUNK` weights at a time: which rows and columns, G_base W_base, G_post W_post, and W_post as stored."""
+    def _passed(self) -> Iterator[tuple[slice, slice, DifferenceSums]]:
+        """What one pass over the weights tells, about `PIECE` of them at a time: which rows and columns, and their sums."""
+        for rows, columns, base, post, how in self._pieces():
+            gains = tuple(None if gain is None else gain[rows] for gain in self.gains)
+            yield rows, columns, difference_sums(base, post, (gains[0], gains[1]), how)
+
+    def _pieces(self) -> Iterator[tuple[slice, slice, Tensor | None, Tensor, tuple[float, float]]]:
+        """About `PIECE` weights at a time: which rows and columns, W_base and W_post, and how W_post was rounded (`rounding`)."""
         first = 0
         for base, post in self.parts:
             d, m = post.shape
+            how = rounding(post)
             across = post.stride(0) < post.stride(1)  # stored transposed: cut along the inputs
             length, other = (m, d) if across else (d, m)
-            step = max(1, CHUNK // max(1, other))
+            step = max(1, PIECE // max(1, other))
             for start in range(0, length, step):
                 cut = slice(start, min(start + step, length))
                 rows, inside = (slice(0, d), cut) if across else (cut, slice(0, m))
-                stored = post[rows, inside]
-                before = None if base is None else _scaled(base[rows, inside], self.gains[0], rows)
                 columns = slice(first + inside.start, first + inside.stop)
-                yield rows, columns, before, _scaled(stored, self.gains[1], rows), stored
+                yield rows, columns, None if base is None else base[rows, inside], post[rows, inside], how
             first += m
 
 
@@ -144,6 +151,8 @@ class Sums:
     """Squared norm of each row of G_base W_base, of G_post W_post and of Δ: float64 [3, hidden size]."""
     columns: Tensor
     """Squared norm of each column of Δ: float64 [inputs]."""
+    variances: tuple[Tensor, Tensor]
+    """Sums of `Difference.rounding_variances` over each row and over each column: float64 [hidden size] and [inputs]."""
     changed: float
     """Share of the entries of Δ that are not zero."""
 
@@ -188,7 +197,13 @@ class Pair(AbstractContextManager["Pair"]):
         before = [_read(self.base, part) if self.base else None for part in base_writer.parts]
         after = [_read(self.post, part) for part in writer.parts]
         gains = norm_scale(self.base, base_writer), norm_scale(self.post, writer)
-        return Difference(writer, tuple(zip(before, after, strict=True)), gains)
+        difference = Difference(writer, tuple(zip(before, after, strict=True)), gains)
+        if not bool(difference.sums.rows.isfinite().all()):
+            for checkpoint, parts, weights in ((self.base, base_writer.parts, before), (self.post, writer.parts, after)):
+                for part, one in zip(parts, weights, strict=True):
+                    if checkpoint is not None and one is not None:
+                        _finite(checkpoint, part.tensor, one)
+        return difference
 
     def alarms(self, rows: Sequence[Tensor]) -> list[str]:
         """What is wrong if whole rows point elsewhere, given `Sums.rows` of every writer.
@@ -298,16 +313,10 @@ def _read(checkpoint: Checkpoint, part: Part) -> Tensor:
     size = math.prod(stored) * DTYPES[info.dtype]
     first = size * part.expert if part.fused and part.expert else 0
     matrix = torch.from_numpy(checkpoint.read(part.tensor, first, first + size)).view(FLOATS[info.dtype]).reshape(stored)
-    _finite(checkpoint, part.tensor, matrix)
     return matrix.mT if part.transposed else matrix
 
 
 def _finite(checkpoint: Checkpoint, name: str, weights: Tensor) -> Tensor:
-    if not bool(weights.sum(dtype=torch.promote_types(weights.dtype, torch.float32)).isfinite()):
+    if not bool(weights.isfinite().all()):
         raise UserError(f"{checkpoint.tensors[name].file}: tensor {name} holds NaN or infinity")
     return weights
-
-
-def _scaled(weights: Tensor, gain: Tensor | None, rows: slice, power: int = 1) -> Tensor:
-    wide = weights if weights.dtype == torch.float64 else weights.float()
-    return wide if gain is None else wide * gain[rows, None] ** power

@@ -9,6 +9,7 @@ import tyro
 from lmcore.cli import print_table
 from lmcore.errors import UserError
 from weightwatch.model_command import ModelCommand
+from weightwatch.places import check_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Scan(ModelCommand):
         from weightwatch.state import State, digest
         from weightwatch.verdicts import drift_of, scores_of, verdicts
 
+        if self.out is not None:
+            check_apart(self.out, [self.state, self.data, Path(self.model)])
         state = State.open(self.state)
         bounds, scores = state.calibration.bounds(self.rule, self.level), scores_of(state.calibration)
         if self.events < 1:

@@ -1,5 +1,6 @@
 """The leading singular vectors of a large matrix from a few products with it, and a certificate of how right they are."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,24 @@ from torch import Tensor
 
 from lmcore import random
 
-BLOCK = 16
-"""Vectors that go through a product at once: fewer converge with fewer products, but a processor takes 16 in the time of 10."""
+BLOCKS = 12, 16
+"""Vectors that go through a product at once, of matrices up to `SMALL` and beyond: fewer converge with fewer of them in all, but a product
+that waits for memory takes as long for 16 as for 12."""
+SMALL = 1 << 21
+"""Entries of a matrix that stays in a cache."""
 FIRST = 44
 """Vectors beyond k in the basis from which on the residuals are looked at."""
 TOLERANCE = 0.01
 """Largest residual, as a share of the singular value, that the certificate accepts."""
+
+
+ROOM = 96
+"""Rows that memory is taken for at a time."""
+ORTHOGONAL, REPAIRS = 1e-5, 3
+"""Largest product of a new block with the basis (Frobenius), and how often it is orthogonalised again to get there."""
+EVEN = 32.0
+"""Ratio of the first value to the last up to which A v may be added up from products that were made: their rounding, about 1e-7 of the
+square of the ratio, is then far below what is measured. It would lie in the basis, where a residual does not."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +60,12 @@ class SingularVectors:
 def top_singular_vectors(matrix: Any, k: int, *, seed: int = 0, name: str = "", floor: float = 0.0) -> SingularVectors:
     """Compute the k leading singular vectors of `matrix` A by randomised block Krylov iteration, or exactly where that fails.
 
-        Q = an orthonormal basis of span{A Ω, (A Aᵀ) A Ω, (A Aᵀ)² A Ω, ...},   Ω normal [m, 16],   u and σ those of Q Qᵀ A.
+        Q = an orthonormal basis of span{A Ω, (A Aᵀ) A Ω, (A Aᵀ)² A Ω, ...},   Ω normal [m, b],   u and σ those of Q Qᵀ A.
 
-    Each block of 16 vectors costs two products. They are added until every vector of a value above `floor` has a residual of at most
-    0.01 of its value (below the floor lies noise, whose vectors cannot be told apart): first as the recurrence of the blocks tells it,
-    then as a product with the matrix does. Where the basis would hold half of all dimensions, the eigenvectors of the Gram matrix in
-    float64 are taken instead.
+    Each block of b = 12 vectors (16 of a large matrix) costs two products. They are added until every vector of a value above `floor` has
+    a residual of at most 0.01 of its value (below the floor lies noise, whose vectors cannot be told apart): first as the recurrence of the
+    blocks tells it, then as products with the matrix do. Where the basis would hold half of all dimensions, the eigenvectors of the Gram
+    matrix in float64 are taken instead.
 
     A residual proves that u is a singular vector, not that none larger was missed. That would take an Ω that is orthogonal to the
     missed one, which for normal numbers is as good as impossible, but not proved for the one matrix at hand.
@@ -65,41 +78,80 @@ def top_singular_vectors(matrix: Any, k: int, *, seed: int = 0, name: str = "", 
     Source: Musco and Musco 2015 (arXiv 1504.05477), Algorithm 2, as a block Lanczos process with full reorthogonalisation; that blocks
     smaller than k do: Meyer, Musco and Musco 2024 (arXiv 2305.02535).
     """
-    d, m = matrix.shape
-    if k < 1:
-        raise ValueError(f"k = {k} singular vectors: at least 1 was expected")
-    k = min(k, d, m)
-    largest = min(d, m) // 2
-    normal = random.normal(seed, f"weightwatch {name}", m * BLOCK).reshape(BLOCK, m)
-    basis, images, gram = torch.empty(0, d), torch.empty(0, m, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64)
-    size, following = 0, matrix @ normal.mT
-    block = torch.linalg.qr(following).Q.mT
-    while max(size + BLOCK, k + FIRST) <= largest:
-        basis, images = (_with_room(rows, size + BLOCK) for rows in (basis, images))
-        gram = _with_room(_with_room(gram, size + BLOCK).mT, size + BLOCK).mT
-        new, size = slice(size, size + BLOCK), size + BLOCK
-        image = (matrix.mT @ block.mT).mT
-        basis[new], images[new] = block, image  # images in float64, whose squares keep all digits of float32 numbers
-        gram[:size, new] = images[:size] @ images[new].mT
-        gram[new, :size] = gram[:size, new].mT
-        following = matrix @ image.mT
-        for _ in range(2):  # once leaves what rounding mixed in
-            following -= basis[:size].mT @ (basis[:size] @ following)
-        block, link = torch.linalg.qr(following)
-        block = block.mT
-        if size < k + FIRST:
-            continue
-        squares, rotation = torch.linalg.eigh(gram[:size, :size])
-        values, rotation = squares.flip(0)[:k].clamp(min=0).sqrt(), rotation.mT.flip(0)[:k]
-        # A Aᵀ takes the basis to itself but for its last block, which `link` carries into the next.
-        told = (rotation[:, new] @ link.double().mT).norm(dim=1) / values
-        if bool(((told <= TOLERANCE * values) | (values <= floor)).all()):
-            left, right = rotation.float() @ basis[:size], _divided(rotation @ images[:size], values)
-            missing = (matrix @ right.float().mT).mT.double() - left.double() * values[:, None]  # Aᵀu = σ v by construction
-            found = oriented(left, right, values, missing.norm(dim=1), "krylov")
-            if found.certified(floor):
+    return BlockKrylov(matrix, k, seed=seed, name=name).until(floor)
+
+
+class BlockKrylov:
+    """The iteration of `top_singular_vectors`, which can be asked again for a lower floor and goes on where it stopped."""
+
+    def __init__(self, matrix: Any, k: int, *, seed: int = 0, name: str = ""):
+        d, m = matrix.shape
+        if k < 1:
+            raise ValueError(f"k = {k} singular vectors: at least 1 was expected")
+        self._matrix, self._k, self._block, self._size = matrix, min(k, d, m), BLOCKS[d * m > SMALL], 0
+        self._due = self._k + FIRST  # the size from which on the residuals are looked at
+        self._basis, self._products = torch.empty(2, 0, d)  # rows q and A Aᵀ q
+        self._images = torch.empty(0, m, dtype=torch.float64)  # rows Aᵀ q: squares of float32 numbers keep all their digits
+        self._gram = torch.empty(0, 0, dtype=torch.float64)  # of the images
+        normal = random.normal(seed, f"weightwatch {name}", m * self._block).reshape(self._block, m)
+        self._following = (matrix @ normal.mT).mT  # of the last products what the basis lacks
+        self._found: SingularVectors | None = None
+
+    def until(self, floor: float) -> SingularVectors:
+        """The k largest, certified above `floor`."""
+        if self._found is None or not (self._found.certified(floor) or self._found.method == "gram"):
+            self._found = self._iterated(floor) or _from_gram(self._matrix, self._k)
+        return self._found
+
+    def _iterated(self, floor: float) -> SingularVectors | None:
+        largest = min(self._matrix.shape) // 2
+        while max(self._size + self._block, self._k + FIRST) <= largest:
+            self._extend()
+            if self._size >= self._due and (found := self._looked_at(floor)):
                 return found
-    return _from_gram(matrix, k)
+        return None
+
+    def _extend(self) -> None:
+        """Add a block."""
+        block, basis = torch.linalg.qr(self._following.mT).Q, self._basis[: self._size]
+        for _ in range(REPAIRS):  # where next to nothing follows, rounding is most of it
+            if not float((overlap := basis @ block).norm()) > ORTHOGONAL:
+                break
+            block = torch.linalg.qr(block - basis.mT @ overlap).Q
+        self._size += self._block
+        self._basis, self._products, self._images = (
+            _with_room(rows, self._size) for rows in (self._basis, self._products, self._images)
+        )
+        self._gram = _with_room(_with_room(self._gram, self._size).mT, self._size).mT
+        new, basis = slice(self._size - self._block, self._size), self._basis[: self._size]
+        image = self._matrix.mT @ block
+        product = (self._matrix @ image).mT
+        self._basis[new], self._images[new], self._products[new] = block.mT, image.mT, product
+        links = self._images[: self._size] @ self._images[new].mT
+        self._gram[: self._size, new], self._gram[new, : self._size] = links, links.mT
+        following = product - links.mT.float() @ basis
+        self._following = following - (following @ basis.mT) @ basis  # once leaves what rounding mixed in
+
+    def _looked_at(self, floor: float) -> SingularVectors | None:
+        """The vectors if they are certified above `floor`; if not, when to look again."""
+        size = self._size
+        squares, rotation = torch.linalg.eigh(self._gram[:size, :size])
+        values, rotation = squares.flip(0)[: self._k].clamp(min=0).sqrt(), rotation.mT.flip(0)[: self._k]
+        turn = rotation.float()
+        # A Aᵀ takes the basis to itself but for its last block, of which a part is left over.
+        told = (turn[:, -self._block :] @ self._following).norm(dim=1).double() / values
+        worst = float(torch.where(values > floor, told / (TOLERANCE * values), 0.0).max())
+        if worst > 1:
+            self._due = size + self._block * math.ceil(math.log10(worst))  # a block seldom makes residuals ten times smaller
+            return None
+        left, right = turn @ self._basis[:size], _divided(rotation @ self._images[:size], values)
+        if values[-1] * EVEN > values[0]:
+            product = _divided((turn @ self._products[:size]).double(), values)
+        else:
+            product = (self._matrix @ right.float().mT).mT.double()
+        missing = product - left.double() * values[:, None]  # Aᵀu = σ v by construction
+        found = oriented(left, right, values, missing.norm(dim=1), "krylov")
+        return found if found.certified(floor) else None
 
 
 def _from_gram(matrix: Any, k: int) -> SingularVectors:
@@ -118,7 +170,7 @@ def _with_room(rows: Tensor, count: int) -> Tensor:
     """A tensor that begins with `rows` and has at least `count`."""
     if len(rows) >= count:
         return rows
-    return torch.cat([rows, torch.empty(max(count, 8 * BLOCK), *rows.shape[1:], dtype=rows.dtype)])
+    return torch.cat([rows, torch.empty(max(count, ROOM), *rows.shape[1:], dtype=rows.dtype)])
 
 
 def _divided(vectors: Tensor, values: Tensor) -> Tensor:

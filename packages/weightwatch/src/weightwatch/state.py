@@ -75,7 +75,7 @@ def calibrate(
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     bank, whole = directions.stack(**stack), out / "calibration.safetensors"
     parts = [out / f"part-{i}-of-{ranks}.safetensors" for i in range(ranks)]
-    total = Calibration(directions.digest, sum(bank.counts), tail=tail, sample=sample)
+    total = Calibration(bank.directions, sum(bank.counts), tail=tail, sample=sample)
     config = {
         **identity(model), "directions": directions.digest, "stack": dict(stack), "skip_first": skip_first, "batch_tokens": batch_tokens,
         "tail": tail, "sample": sample, "conversations": digest(conversations),

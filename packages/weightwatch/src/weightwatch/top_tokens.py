@@ -23,7 +23,7 @@ class TopTokens:
     """Per role, direction and side the `top` inputs that go furthest out, each with its cosine and the token where; and histograms.
 
     Inputs are added in their order; with equal cosines the earlier comes first, so the content depends on the inputs alone. With t
-    directions it takes t (64 top + 32 `BINS`) bytes: 12 MB for t = 1160 and the defaults, whatever the number of inputs.
+    directions it takes t (80 top + 32 `BINS`) bytes: 12 MB for t = 1160 and the defaults, whatever the number of inputs.
     """
 
     def __init__(self, directions: str, count: int, *, top: int = 32):
@@ -96,17 +96,17 @@ _ARRAYS = ("inputs_with_role", "outward", "input", "position", "histogram")
 
 
 def collect(
-    model: PreTrainedModel, bank: Bank, conversations: Sequence[TokenizedConversation], directions: str, *, top: int = 32,
-    state: Path | None = None, batch_tokens: int = 4096, progress: bool = False,
+    model: PreTrainedModel, bank: Bank, conversations: Sequence[TokenizedConversation], *, top: int = 32, state: Path | None = None,
+    batch_tokens: int = 4096, progress: bool = False,
 ) -> TopTokens:  # fmt: skip
     """The top tokens of all conversations, in one forward of each as far as the last watched block.
 
     `state` keeps what is done after every chunk: a run that was killed goes on, and gives the same bits as one that was not.
     Raises: `UserError` if `state` holds more inputs than there are, or another `top`.
     """
-    tokens = TopTokens(directions, sum(bank.counts), top=top)
+    tokens = TopTokens(bank.directions, sum(bank.counts), top=top)
     if state is not None and state.exists():
-        tokens = TopTokens.load(state, directions=directions)
+        tokens = TopTokens.load(state, directions=bank.directions)
         if tokens.inputs > len(conversations) or tokens.outward.shape[-1] != top:
             raise UserError(f"{state} holds an audit of other conversations or options: remove it, or choose another --out")
     for _, peaks in scan(model, bank, conversations, batch_tokens=batch_tokens, start=tokens.inputs, progress=progress):

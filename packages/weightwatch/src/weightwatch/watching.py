@@ -41,7 +41,7 @@ def watch(
 
     >>> from lmcore.models import tiny_llama
     >>> model = tiny_llama(vocab_size=50, hidden_size=8, heads=2)
-    >>> bank = Bank((0,), ("model.layers.0",), torch.eye(8)[None, :2], (("D0_u0", "D0_u1"),), ((1.0, 1.0),))
+    >>> bank = Bank((0,), ("model.layers.0",), torch.eye(8)[None, :2], (("D0_u0", "D0_u1"),), ((1.0, 1.0),), "digest")
     >>> bounds = Bounds(np.full((2, 2), -0.6, np.float32), np.full((2, 2), 0.6, np.float32), "digest")
     >>> with watch(model, bank, bounds) as watching:
     ...     _ = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, pad_token_id=0)
@@ -65,10 +65,10 @@ class Watch:
         self, model: PreTrainedModel, bank: Bank, bounds: Bounds | None, steering: Steering | None,
         tokenizer: PreTrainedTokenizerBase | None, skip_first: int,
     ):  # fmt: skip
-        if bounds is not None and bounds.low.shape != (len(ROLES), sum(bank.counts)):
-            count = bounds.low.shape[1]
+        if bounds is not None and (bounds.directions, bounds.low.shape) != (bank.directions, (len(ROLES), sum(bank.counts))):
+            of = [f"{bounds.low.shape[1]} of {bounds.directions[:12]}", f"{sum(bank.counts)} of {bank.directions[:12]}"]
             raise UserError(
-                f"the bounds are of {count} directions, the bank has {sum(bank.counts)}: they do not belong together"
+                f"the bounds are of other directions ({of[0]}) than the bank ({of[1]}): they do not belong together"
             )
         self.labels = [label for labels in bank.labels for label in labels]
         """The directions, in the order of every array."""

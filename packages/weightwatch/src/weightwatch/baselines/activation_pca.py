@@ -38,7 +38,7 @@ class ActivationPCA:
             raise UserError(f"{self.name} cannot be fit to {len(clean)} clean inputs: give at least 8")
         last = self._last(clean)
         self.mean = last.mean(0)
-        rank = min(self.components, len(clean) // 4)
+        rank = min(self.components, len(clean) // 4, last.shape[1] - 1)
         _, singular, axes = np.linalg.svd(last - self.mean, full_matrices=False)
         variances = singular**2 / (len(clean) - 1)
         least = np.finfo(np.float32).eps * variances[0] or 1.0  # all inputs alike: any difference counts
