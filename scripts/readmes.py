@@ -47,7 +47,8 @@ def table(package: str) -> str:
         result = results(file.stem)
         for row in claims.rows(result):
             verdict = f"**{row['verdict']}**" if row["verdict"] == "reproduced" else row["verdict"]
-            lines.append(f"| {result['package']} | {row['claim']} | {row['measured']} | {verdict} | {row['seeds']} |")
+            cells = (result["package"], row["claim"], row["measured"], verdict, row["seeds"])
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from weightwatch.headline_report import alarms_figure, ranges_figure, steering_f
 def smoke(tmp_path_factory):
     """Run by the command, as users do."""
     out = tmp_path_factory.mktemp("headline") / "smoke"
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["headline", "--scale", "smoke", "--out", str(out), "--json"])
     return out, {claim.id: claim for claim in headline(out, scale="smoke", seed=0)}
 

@@ -112,7 +112,9 @@ def written(folder, tensors, config):
         ({"use_dora": True}, "is DoRA: only plain LoRA can be read"),
         ({"peft_type": "IA3"}, "is IA3: only plain LoRA can be read"),
         ({"init_lora_weights": "pissa"}, "was started by pissa, which changes the base too"),
-        ({"lora_alpha": None}, "adapter_config.json has no lora_alpha"),
+        ({"lora_alpha": None}, "adapter_config.json has lora_alpha None, not a finite number"),
+        ({"lora_alpha": math.nan}, "has lora_alpha nan"),
+        ({"alpha_pattern": {"o_proj": "8"}}, "has o_proj '8'"),
         ({"target_parameters": ["experts.down_proj"]}, "has target_parameters"),
     ],
 )
@@ -136,6 +138,7 @@ def test_broken_factors_are_errors_that_name_the_tensor(tmp_path):
             {name.replace("o_proj", "q_proj"): torch.ones(2, 8), other.replace("o_proj", "q_proj"): torch.ones(8, 2)},
             "no matrix",
         ),
+        "scalar": ({name: torch.ones(2, 8), other: torch.ones(())}, r"lora_B.weight is \[\], not a matrix"),
         "ints": (
             {name: torch.ones(2, 8, dtype=torch.int8), other: torch.ones(8, 2)},
             "is I8: save the adapter in a floating-point dtype",
@@ -144,6 +147,12 @@ def test_broken_factors_are_errors_that_name_the_tensor(tmp_path):
     for case, (tensors, message) in cases.items():
         with pytest.raises(UserError, match=message):
             Directions.of_adapter(written(tmp_path / case, tensors, config))
+
+
+def test_a_model_in_the_place_of_an_adapter_is_told_of(tmp_path):
+    base, _, _ = adapted(tmp_path)
+    with pytest.raises(UserError, match=r"is no adapter of peft: it has no adapter_config\.json"):
+        Directions.of_adapter(base)
 
 
 def test_tensors_that_are_not_read_are_warnings(tmp_path):

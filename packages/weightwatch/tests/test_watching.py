@@ -1,4 +1,5 @@
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from weightwatch import recording
 from weightwatch.bounds import Bounds
 from weightwatch.conversations import TokenizedConversation
 from weightwatch.directions import Bank
+from weightwatch.recording import Peaks
 from weightwatch.scanning import scan
 from weightwatch.watching import watch
 
@@ -289,10 +291,59 @@ def test_bounds_and_models_that_do_not_fit_are_refused():
             pass
     with pytest.raises(UserError, match="has no module gpt_neox"), watch(model, bank_of("gpt_neox.layers")):
         pass
+    with pytest.raises(UserError, match="has hidden size 32, the directions 48"), watch(model, bank_of(prefix, width=48)):
+        pass
     with watch(model, bank) as watching, torch.no_grad():
         model(torch.tensor([[5, 9, 3]]))
     with pytest.raises(UserError, match="watch with bounds"):
         watching.flags()
+
+
+def test_watches_may_end_in_any_order():
+    model, prefix = model_of("llama")
+    contexts = [watch(model, bank_of(prefix)) for _ in range(3)]
+    watches = [one.__enter__() for one in contexts]
+    seen = []
+    for last in (1, 0, 2):
+        model.generate(torch.tensor([[5, 9, 3]]), max_new_tokens=3, pad_token_id=0)
+        contexts[last].__exit__(None, None, None)
+        seen.append([one.inputs for one in watches])
+    assert seen == [[1, 1, 1], [2, 1, 2], [2, 1, 3]]
+    assert "generate" not in vars(model)
+
+
+def test_threads_may_take_turns_and_are_refused_at_once():
+    model, prefix = model_of("llama")
+    bank, prompt, refused = bank_of(prefix), torch.tensor([[5, 9, 3]]), []
+
+    def in_a_thread(read):
+        def attempt():
+            try:
+                read()
+            except UserError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+
+    def meanwhile(ids, scores, **_):
+        in_a_thread(lambda: model(prompt))
+        in_a_thread(lambda: model.generate(prompt, max_new_tokens=2, pad_token_id=0))
+        return torch.zeros(1, dtype=torch.bool)
+
+    with watch(model, bank) as watching, torch.no_grad():
+        written = model.generate(prompt, max_new_tokens=3, pad_token_id=0, stopping_criteria=[meanwhile])
+        assert len(refused) == 6
+        assert all("take turns" in one for one in refused)
+        in_a_thread(lambda: model.generate(prompt, max_new_tokens=3, pad_token_id=0))
+        with pytest.raises(IndexError):
+            model(torch.tensor([[50]]))
+        in_a_thread(lambda: model(written))
+    assert len(refused) == 6
+    ids, failed = written[0].tolist(), 2
+    peaks = Peaks(*(np.delete(part, failed, axis=0) for part in watching.peaks()))
+    check(model, bank, peaks, [(ids[:-1], 3), (ids[:-1], 3), (ids, 6)])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -35,8 +35,8 @@ class Adapters(Command):
         from lmcore.record import write_json
         from weightwatch.adapters import scan_adapters
 
-        if self.k < 1 or not 0 < self.same <= 1:
-            raise UserError("--k is at least 1, and --same above 0 and at most 1")
+        if self.k < 1 or self.rows < 0 or not 0 < self.same <= 1:
+            raise UserError("--k is at least 1, --rows at least 0, and --same above 0 and at most 1")
         if self.out is not None:
             check_apart(self.out, [self.folder])
             if self.out.exists() and not self.overwrite:

@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 
 from lmcore.cli import print_table
+from lmcore.errors import UserError
 from weightwatch.model_command import ModelCommand
 from weightwatch.places import check_place
 
@@ -49,6 +50,8 @@ class Calibrate(ModelCommand):
         from weightwatch.planning import plan
         from weightwatch.state import calibrate
 
+        if min(self.tail, self.max_length, 1 if self.top is None else self.top) < 1:
+            raise UserError("--tail, --top and --max-length are at least 1")
         if os.environ.get("RANK", "0") == "0":  # other processes of torchrun might look while it is written
             finished = (self.out / "calibration.safetensors").exists()
             inputs = [self.directions, self.data, Path(self.model)]

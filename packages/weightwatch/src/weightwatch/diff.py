@@ -152,6 +152,9 @@ def _compared(name: str, pair: Pair) -> Changed | None:
     different, old_squares, squares = 0, 0.0, 0.0
     for start, stop in pieces:
         old, new = (_piece(side, info, start, stop) for side, info in ((pair.base, before), (pair.post, after)))
+        for side, values in ((pair.base, old), (pair.post, new)):
+            if not values.isfinite().all():
+                raise UserError(f"{side.tensors[name].file}: tensor {name} holds NaN or infinity")
         different += int((old != new).count_nonzero())
         old_squares += float(old.square().sum(dtype=torch.float64))
         squares += float((new - old).square().sum(dtype=torch.float64))
@@ -176,7 +179,10 @@ def _decode(checkpoint: Checkpoint) -> Decode | None:
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(folder / "tokenizer.json")).decode
+        try:
+            return Tokenizer.from_file(str(folder / "tokenizer.json")).decode
+        except Exception as error:  # the library raises no narrower class
+            raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({error}): there are no words, mend it or take it away") from None
     if folder is not None and ((folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.model").is_file()):
         from transformers import AutoTokenizer
 

@@ -1,5 +1,6 @@
 """The command `weightwatch generate`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -120,8 +121,8 @@ class Generate(ModelCommand):
             raise UserError("give either --data or --prompt")
         if (self.steer == "revert") != (self.base is not None) or (self.steer == "scale") != (self.factor is not None):
             raise UserError("--base belongs to --steer revert and --factor to --steer scale")
-        if min(self.max_new_tokens, self.events) < 1 or self.temperature < 0:
-            raise UserError("--max-new-tokens and --events are at least 1, --temperature at least 0")
+        if min(self.max_new_tokens, self.events) < 1 or not 0 <= self.temperature < math.inf:
+            raise UserError("--max-new-tokens and --events are at least 1, --temperature at least 0 and finite")
         if self.out is not None:
             given = [Path(path) for path in (self.data, self.base) if path is not None]
             check_apart(self.out, [self.state, Path(self.model), *given])

@@ -45,6 +45,9 @@ class Adapter:
             b, weight = a.replace(".lora_A", ".lora_B"), f"{match['module']}.weight"
             if b not in checkpoint.tensors:
                 raise UserError(f"{checkpoint.path} has tensor {a} but no {b}")
+            for name in (a, b):
+                if len(checkpoint.tensors[name].shape) != 2:
+                    raise UserError(f"{checkpoint.path}: tensor {name} is {[*checkpoint.tensors[name].shape]}, not a matrix")
             (rank, inputs), (outputs, other) = checkpoint.tensors[a].shape, checkpoint.tensors[b].shape
             if rank != other:
                 raise UserError(f"{checkpoint.path}: tensor {a} has rank {rank}, {b} has rank {other}")
@@ -87,7 +90,9 @@ class Adapter:
 
 
 def _check(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+    if "peft_type" not in config:
+        raise UserError(f"{checkpoint.path} is no adapter of peft: it has no adapter_config.json that names a peft_type")
+    kind = "DoRA" if config.get("use_dora") else config["peft_type"]
     if kind != "LORA":
         raise UserError(f"{checkpoint.path} is {kind}: only plain LoRA can be read: merge it, compare the models")
     start = config.get("init_lora_weights")
@@ -95,8 +100,9 @@ def _check(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         raise UserError(f"{checkpoint.path} was started by {start}, which changes the base too: convert it to plain LoRA")
     if config.get("target_parameters"):
         raise UserError(f"{checkpoint.path} has target_parameters: merge it, compare the models")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(f"{checkpoint.path}: adapter_config.json has no lora_alpha")
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}.items():
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise UserError(f"{checkpoint.path}: adapter_config.json has {name} {alpha!r}, not a finite number")
     for name, info in checkpoint.tensors.items():
         if "lora_" in name and info.dtype not in FLOATS:
             raise UserError(f"{info.file}: tensor {name} is {info.dtype}: save the adapter in a floating-point dtype")

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ class Reader:
     differ from it. Elsewhere what the attention mask leaves out is not watched.
 
     Rows must keep their places. `generate` with beams or an assistant is refused, and so is a cache that was cropped or whose batch has
-    another size; a loop of the caller's that reorders its cache goes unnoticed.
+    another size; a loop of the caller's that reorders its cache goes unnoticed. Any thread may read, one at a time: forwards of two at
+    once are refused.
     """
 
     def __init__(self, model: PreTrainedModel, block: str, *, skip_first: int):
@@ -55,6 +57,7 @@ class Reader:
         self._names = readers(model, block)
         self._ids: Tensor | None = None
         self._generating: _Generating | None = None
+        self._thread: int | None = None  # that reads at present
         self._batch_of: WeakKeyDictionary[Cache, Batch] = WeakKeyDictionary()
 
     @property
@@ -67,7 +70,7 @@ class Reader:
         *outer, inner = self._names
         handles = [module.register_forward_pre_hook(self._note_ids, with_kwargs=True) for module in outer]
         handles.append(inner.register_forward_pre_hook(self._begin, with_kwargs=True))
-        handles.append(inner.register_forward_hook(self._end))
+        handles.append(inner.register_forward_hook(self._end, always_call=True))
         self._own_generate = vars(self._model).get("generate")
         if hasattr(self._model, "generate"):
             self._model_generate: Any = self._model.generate
@@ -75,7 +78,13 @@ class Reader:
         return handles
 
     def detach(self) -> None:
-        """Put `generate` back as it was."""
+        """Put `generate` back as it was; a reader that was attached later, and still is, keeps standing in for it."""
+        later = vars(self._model).get("generate")
+        while isinstance(reader := getattr(later, "__self__", None), Reader) and reader is not self:
+            if reader._own_generate == self._generate:
+                reader._own_generate, reader._model_generate = self._own_generate, self._model_generate
+                return
+            later = reader._own_generate
         vars(self._model).pop("generate", None)
         if self._own_generate is not None:
             vars(self._model)["generate"] = self._own_generate
@@ -86,6 +95,13 @@ class Reader:
         self._batch_of.clear()
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._claim()
+        try:
+            return self._followed(*args, **kwargs)
+        finally:
+            self._thread = self.now = None
+
+    def _followed(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(self._model_generate).bind(*args, **kwargs).arguments
         generating = _Generating.of({**given, **given.get("kwargs", {})}, self._model.generation_config)
         self._generating = generating
@@ -98,6 +114,14 @@ class Reader:
         generating.require_all(output if isinstance(output, Tensor) else output.sequences)
         return output
 
+    def _claim(self) -> None:
+        """Take the turn of this thread to read."""
+        if self._thread not in (None, threading.get_ident()):
+            raise UserError(
+                "two threads read with one watched model at once, so their forwards cannot be told apart: let them take turns"
+            )
+        self._thread = threading.get_ident()
+
     @torch.compiler.disable
     def _note_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep the ids that an outer module turns into embeddings for the inner one."""
@@ -105,6 +129,7 @@ class Reader:
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._claim()
         given = self._arguments(module, args, kwargs)
         mask, cache, ids = given.get("attention_mask"), given.get("past_key_values"), given.get("input_ids")
         shape = ids if ids is not None else given["inputs_embeds"]
@@ -119,10 +144,14 @@ class Reader:
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._thread != threading.get_ident():  # that was refused
+            return
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self.now is not None:
             self._batch_of[cache] = self.now.batch
         self.now = None
+        if self._generating is None:
+            self._thread = None
 
     def _arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**dict(zip(self._names[module], args, strict=False)), **kwargs} if args else kwargs

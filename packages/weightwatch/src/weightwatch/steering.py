@@ -1,5 +1,6 @@
 """Steering a live model: directions that leave their range are taken out of the residual stream, of that input alone."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +40,8 @@ class Steering:
     def __post_init__(self) -> None:
         if (self.mode == "scale") != (self.factor is not None):
             raise UserError(f"steering {self.mode} with the factor {self.factor}: scale needs one, the others take none")
+        if self.factor is not None and not math.isfinite(self.factor):
+            raise UserError(f"the factor of scale is {self.factor}: it must be finite")
         if (self.mode == "revert") != (self.writes is not None):
             raise UserError("steering needs writes to revert, and only then: see writes_of, or --base on the command line")
 

@@ -70,6 +70,12 @@ class Watch:
             raise UserError(
                 f"the bounds are of other directions ({of[0]}) than the bank ({of[1]}): they do not belong together"
             )
+        width = getattr(model.config.get_text_config(), "hidden_size", bank.vectors.shape[-1])
+        if width != bank.vectors.shape[-1]:
+            raise UserError(
+                f"{type(model).__name__} has hidden size {width}, the directions {bank.vectors.shape[-1]}: "
+                "load the model that the directions were made from"
+            )
         self.labels = [label for labels in bank.labels for label in labels]
         """The directions, in the order of every array."""
         self._bounds, self._tokenizer = bounds, tokenizer
