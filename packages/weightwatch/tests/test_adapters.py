@@ -88,6 +88,8 @@ def test_the_command_prints_marks_and_families_and_keeps_its_file(adapters, tmp_
     assert len(json.loads(out.read_text())["marks"]) == 16
     assert cli.main("weightwatch", "", both, ["adapters", str(adapters), "--out", str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
+    assert cli.main("weightwatch", "", both, ["adapters", str(adapters), "--rows", "-1"]) == 2
+    assert "--rows at least 0" in capsys.readouterr().err
     inside = next(adapters.rglob("adapter_config.json"))
     assert cli.main("weightwatch", "", both, ["adapters", str(adapters), "--out", str(inside), "--overwrite"]) == 2
     assert "would write into the input" in capsys.readouterr().err

@@ -101,6 +101,7 @@ def test_options_that_do_not_fit_together_are_refused(folder, capsys):
         (["--endpoint", "http://localhost:1/v1"], "--endpoint and --endpoint-model belong together"),
         (["--endpoint-key", "KEY"], "--endpoint-key needs both"),
         (["--top", "0"], "at least 1"),
+        (["--drop-last", "-1"], "--drop-last is at least 0"),
     ]:
         assert cli.main("weightwatch", "", [Audit], args(folder, folder / "none", *options)) == 2
         assert message in capsys.readouterr().err

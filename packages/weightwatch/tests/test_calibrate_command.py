@@ -129,6 +129,14 @@ def test_a_state_is_of_one_model_in_one_dtype(folder, whole, capsys):
     assert "not a folder that weightwatch calibrate wrote" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--tail", "--top", "--skip-first", "--drop-last"])
+def test_numbers_that_mean_nothing_are_refused(folder, capsys, option):
+    args = [*calibrate_args(folder, folder / "none"), option, "-1"]
+    assert cli.main("weightwatch", "", COMMANDS, [*map(str, args)]) == 2
+    assert option in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
 def test_text_for_people(folder, capsys):
     assert cli.main("weightwatch", "", COMMANDS, [*map(str, calibrate_args(folder, folder / "shown"))]) == 0
     printed = capsys.readouterr().out

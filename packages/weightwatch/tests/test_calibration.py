@@ -427,7 +427,8 @@ def test_other_directions_and_other_sizes_are_refused(tmp_path):
 def test_damaged_foreign_and_missing_files_are_named(tmp_path):
     calibrated(*extremes(20, 3)).save(tmp_path / "state")
     whole = (tmp_path / "state").read_bytes()
-    for damaged in (b"", whole[:100], whole[:-1], b"[]" * 50):
+    flipped = [bytes(byte ^ (i == at) for i, byte in enumerate(whole)) for at in (len(whole) // 2, len(whole) - 1)]
+    for damaged in (b"", whole[:100], whole[:-1], b"[]" * 50, *flipped):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(UserError, match="damaged is damaged or not a file of weightwatch"):
             Calibration.load(tmp_path / "damaged", directions="digest")

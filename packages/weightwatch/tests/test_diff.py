@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,11 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from lmcore import cli
 from lmcore.checkpoint import Checkpoint
+from lmcore.errors import UserError
 from lmcore.models import tiny_llama
+from lmcore.report import Page
 from lmcore.text import character_tokenizer
 from weightwatch.diff import diff
 from weightwatch.diff_command import Diff
-from weightwatch.diff_report import write_page
+from weightwatch.diff_report import direction_rows, write_page
 from weightwatch.directions import Directions
 from weightwatch.lens import words
 
@@ -115,6 +118,21 @@ def test_a_tensor_of_one_model_alone_is_told_of_and_is_no_copy(base, tmp_path):
         assert "model.extra" in found.as_json()["warnings"][-1]
 
 
+def test_numbers_that_are_none_are_errors_and_a_broken_tokenizer_costs_the_words_alone(base, tmp_path):
+    nan = shutil.copytree(base, tmp_path / "nan")
+    tensors = load_file(nan / "model.safetensors")
+    tensors["model.norm.weight"][1] = torch.nan
+    save_file(tensors, nan / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor model\.norm\.weight holds NaN or infinity"):
+        diff(str(base), str(nan))
+
+    post = fine_tuned(base, tmp_path / "post", plant_a_word)
+    (post / "tokenizer.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"tokenizer\.json is no tokenizer \(.*\): there are no words"):
+        found = diff(str(base), str(post))
+    assert (found.grade, found.words) == ("marked", {})
+
+
 def test_the_lens_reads_through_the_gain_and_centres_for_a_layer_norm(tmp_path):
     generator, vectors = torch.manual_seed(0), torch.eye(8)[:3]
     embedding, gain = torch.randn(40, 8, generator=generator), torch.randn(8, generator=generator)
@@ -172,6 +190,20 @@ def test_a_page_without_words_is_written_too(base, tmp_path):
     found = diff(str(base), str(base))
     write_page(found, tmp_path / "page.html")
     assert "No weight differs" in (tmp_path / "page.html").read_text()
+
+
+def test_the_page_shows_all_layers_and_the_beginning_of_long_tokens(base, tmp_path, monkeypatch):
+    found = diff(str(base), str(fine_tuned(base, tmp_path / "post", plant_a_word)))
+    figures = []
+    monkeypatch.setattr(Page, "figure", lambda _, figure, caption: figures.append(figure))
+    write_page(found, tmp_path / "page.html")
+    [axes] = figures[0].axes
+    first, last = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if first <= tick <= last] == [0, 1]
+
+    said = replace(found.words["O1_u0"], high=(("\n" + " " * 60, 2.0), ("q", 1.0)))
+    [row] = direction_rows(replace(found, words={"O1_u0": said}), 1)
+    assert row["raises"] == "\\n" + 21 * "␣" + "… q"
 
 
 class Again(Diff):  # a second command, so that the parser makes subcommands

@@ -124,6 +124,9 @@ def test_options_and_models_that_do_not_fit_are_refused(folder, capsys):
     ]:
         assert cli.main("weightwatch", "", [Evaluate], args(folder, folder / "none", *options)) == 2
         assert message in capsys.readouterr().err
+    (folder / "few.jsonl").write_text('{"prompt": "a", "set": "clean"}\n')
+    assert cli.main("weightwatch", "", [Evaluate], args(folder, folder / "none", "--data", str(folder / "few.jsonl"))) == 2
+    assert "the set 'clean' has 1 inputs: give at least 8" in capsys.readouterr().err
     assert not (folder / "none").exists()
 
 
@@ -135,3 +138,5 @@ def test_sets_are_told_by_key_or_by_file(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"prompt": "1", "set": 3}\n')
     with pytest.raises(UserError, match=r"c\.jsonl, conversation 1: its set is 3, not a name"):
         read_sets([tmp_path / "c.jsonl"])
+    with pytest.raises(UserError, match=r"b\.jsonl, conversation 1: the set 'b' has the id 'b\.jsonl:1' already"):
+        read_sets([tmp_path / "b.jsonl"] * 2)

@@ -110,7 +110,16 @@ def test_sampled_answers_are_those_of_the_seed_and_a_stopped_run_goes_on(folder,
         (["--prompt", "a", "--temperature", "nan"], "--temperature at least 0 and finite"),
         (["--prompt", "a", "--steer", "scale", "--factor", "nan"], "must be finite"),
     ],
-    ids=["nothing to answer", "no base", "a factor without scale", "long prompt", "long answer", "no events", "no temperature", "no factor"],
+    ids=[
+        "nothing to answer",
+        "no base",
+        "a factor without scale",
+        "long prompt",
+        "long answer",
+        "no events",
+        "no temperature",
+        "no factor",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:1 of 1 conversations were cut")
 def test_what_cannot_be_done_is_said(folder, capsys, options, complaint):

@@ -105,3 +105,15 @@ def test_a_growing_file_is_refused_where_it_would_lose_something(tmp_path):
         pass
     with pytest.raises(Exception, match="cannot be written"), growing(tmp_path / "no" / "rows", {}):
         pass
+
+
+def test_a_role_that_was_never_calibrated_is_told_of(folder, capsys):
+    write(folder / "prompts.jsonl", texts(40, 9))
+    calibrate(folder, folder / "prompts-state", "--data", folder / "prompts.jsonl")
+    for command, data, warned in (("scan", "mixed", True), ("scan", "prompts", False), ("generate", "prompts", True)):
+        options = ["--model", folder / "post", "--data", folder / f"{data}.jsonl", "--rule", "minmax", "--device", "cpu"]
+        options += ["--max-new-tokens", 2] * (command == "generate")
+        result = run(command, folder / "prompts-state", *options)
+        assert ("no input of the calibration has tokens of the assistant" in capsys.readouterr().err) == warned
+        if command == "scan":  # an answer that is over at once has no token to flag
+            assert result["flagged"] == warned * result["inputs"]

@@ -60,6 +60,8 @@ class Audit(ModelCommand):
         endpoint = self._endpoint()
         if min(self.top, self.shown, self.words, 1 if self.k is None else self.k) < 1:
             raise UserError("--top, --shown, --words and --k are at least 1")
+        if self.drop_last < 0:
+            raise UserError("--drop-last is at least 0")
         audit = self._audit(endpoint)
         return {**audit.facts, "inputs": audit.inputs, "out": str(self.out), "directions": rows(audit, 20)}
 

@@ -1,5 +1,6 @@
 """The calibrated range of every direction, and which inputs leave it."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -168,10 +169,11 @@ def check_extremes(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...]) ->
 
 
 def write_state(path: Path, kind: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    """Write arrays and JSON facts as one safetensors file, a function of its content alone."""
+    """Write arrays and JSON facts as one safetensors file with a checksum, a function of its content alone."""
+    arrays, facts = {name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"kind": kind, **facts}
     # One entry: several would be written in an order that changes from run to run.
-    metadata = {"weightwatch": json.dumps({"kind": kind, **facts}, sort_keys=True, allow_nan=False)}
-    write_atomically(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+    metadata = {"weightwatch": json.dumps({**facts, "checksum": _checksum(arrays, facts)}, sort_keys=True)}
+    write_atomically(path, save(arrays, metadata))
 
 
 def read_state(path: Path, kind: str, directions: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -180,6 +182,8 @@ def read_state(path: Path, kind: str, directions: str | None = None) -> tuple[di
         data = path.read_bytes()
         arrays = load(data)
         facts = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["weightwatch"])
+        if facts.pop("checksum") != _checksum(arrays, facts):
+            raise ValueError("its checksum is another")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -192,6 +196,13 @@ def read_state(path: Path, kind: str, directions: str | None = None) -> tuple[di
             "or calibrate anew with these"
         )
     return arrays, facts
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> str:
+    total = hashlib.blake2b(json.dumps(facts, sort_keys=True, allow_nan=False).encode(), digest_size=8)
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return total.hexdigest()
 
 
 def _records(side: int, values: np.ndarray, bounds: np.ndarray, outside: np.ndarray, inputs: np.ndarray) -> np.ndarray:

@@ -52,6 +52,8 @@ class Calibrate(ModelCommand):
 
         if min(self.tail, self.max_length, 1 if self.top is None else self.top) < 1:
             raise UserError("--tail, --top and --max-length are at least 1")
+        if min(self.skip_first, self.drop_last) < 0:
+            raise UserError("--skip-first and --drop-last are at least 0")
         if os.environ.get("RANK", "0") == "0":  # other processes of torchrun might look while it is written
             finished = (self.out / "calibration.safetensors").exists()
             inputs = [self.directions, self.data, Path(self.model)]

@@ -182,7 +182,9 @@ def _decode(checkpoint: Checkpoint) -> Decode | None:
         try:
             return Tokenizer.from_file(str(folder / "tokenizer.json")).decode
         except Exception as error:  # the library raises no narrower class
-            raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({error}): there are no words, mend it or take it away") from None
+            raise UserError(
+                f"{folder / 'tokenizer.json'} is no tokenizer ({error}): there are no words, mend it or take it away"
+            ) from None
     if folder is not None and ((folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.model").is_file()):
         from transformers import AutoTokenizer
 

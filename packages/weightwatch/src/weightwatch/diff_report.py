@@ -10,6 +10,8 @@ from weightwatch.diff import GRADES, Comparison
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LONGEST = 24
+"""Characters of a token that are shown."""
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 
 
@@ -70,11 +72,14 @@ def writer_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _shown(ends: Sequence[tuple[str, float]]) -> str:
-    return " ".join(repr(token)[1:-1].replace(" ", "␣") for token, _ in ends)
+    """Tokens side by side, the end of a long one left out: a row of spaces has no place to break, and would push columns off the page."""
+    texts = [repr(token)[1:-1].replace(" ", "␣") for token, _ in ends]
+    return " ".join(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…" for text in texts)
 
 
 def _figure(comparison: Comparison) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
@@ -89,6 +94,9 @@ def _figure(comparison: Comparison) -> "Figure":
     axes.set(
         xlabel="layer", ylabel="σ1 / |W|", yscale="log" if any(one.norm for one in comparison.directions.writers) else "linear"
     )
+    last = max((one.layer for one in comparison.directions.writers), default=0)
+    axes.set_xlim(-0.5, last + 0.5)  # of all layers, those that are equal too
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

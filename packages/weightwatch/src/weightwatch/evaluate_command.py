@@ -66,6 +66,7 @@ class Evaluate(ModelCommand):
         """Evaluate; return what evaluation.json has."""
         from lmcore.record import Run, write_json
         from weightwatch.conversations import tokenize
+        from weightwatch.evaluation import check_sets
         from weightwatch.evaluation_report import write_page
         from weightwatch.model_command import positions
         from weightwatch.state import State, digest
@@ -86,6 +87,7 @@ class Evaluate(ModelCommand):
         state.require(model)
         length = min(self.max_length, positions(model))
         sets = {name: [*tokenize(some, tokenizer, max_length=length)] for name, some in read.items()}
+        check_sets(sets)  # before the folder is made: more inputs would make another run of it
         if finished:
             shutil.rmtree(self.out)
         names = (
@@ -176,13 +178,14 @@ def read_sets(paths: Sequence[Path]) -> "dict[str, list[Conversation]]":
     >>> {name: len(some) for name, some in read_sets([path]).items()}
     {'clean': 1, 'triggered': 1}
 
-    Raises: `UserError` as `read_conversations`, and for a set that is not named by a text.
+    Raises: `UserError` as `read_conversations`, for a set that is not named by a text, and for an id that a set has twice.
     """
     import orjson
 
     from weightwatch.conversations import read_conversations
 
     sets: dict[str, list[Conversation]] = {}
+    known: set[tuple[str, str]] = set()
     for path in paths:
         read = read_conversations(path)
         lines = [line for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
@@ -190,6 +193,11 @@ def read_sets(paths: Sequence[Path]) -> "dict[str, list[Conversation]]":
             name = orjson.loads(line).get("set", path.stem)
             if not isinstance(name, str) or not name:
                 raise UserError(f"{path}, conversation {number}: its set is {name!r}, not a name")
+            if (name, conversation.id) in known:
+                raise UserError(
+                    f"{path}, conversation {number}: the set {name!r} has the id {conversation.id!r} already: give each its own"
+                )
+            known.add((name, conversation.id))
             sets.setdefault(name, []).append(conversation)
     return sets
 

@@ -52,7 +52,7 @@ def evaluate(
 
     Raises: `UserError` for fewer than 8 clean inputs, an empty set, or inputs of a set in another one.
     """
-    _check(sets)
+    check_sets(sets)
     how = {"skip_first": skip_first, "batch_tokens": batch_tokens, "progress": progress}
     peaks = {name: _scanned(model, bank, some, how) for name, some in sets.items()}
     parts = _parts(sets)
@@ -189,7 +189,8 @@ def _by_hash(inputs: Sequence[TokenizedConversation]) -> list[int]:
     return sorted(range(len(inputs)), key=lambda i: hashlib.blake2b(inputs[i].id.encode(), person=b"evaluation").digest())
 
 
-def _check(sets: Sets) -> None:
+def check_sets(sets: Sets) -> None:
+    """Refuse sets that cannot be evaluated. Raises: `UserError`, see `evaluate`."""
     if len(sets.get(CLEAN, ())) < _LEAST:
         raise UserError(f"the set {CLEAN!r} has {len(sets.get(CLEAN, ()))} inputs: give at least {_LEAST}, not calibrated on")
     first: dict[bytes, str] = {}

@@ -57,11 +57,11 @@ class Generate(ModelCommand):
         from tqdm import tqdm
 
         from weightwatch.completing import as_prompt, complete
-        from weightwatch.conversations import tokenize
+        from weightwatch.conversations import ROLES, tokenize
         from weightwatch.growing import growing
         from weightwatch.model_command import positions
         from weightwatch.state import State, digest
-        from weightwatch.verdicts import scores_of, verdicts
+        from weightwatch.verdicts import scores_of, verdicts, warn_of_unseen
 
         self._check()
         state = State.open(self.state)
@@ -78,6 +78,7 @@ class Generate(ModelCommand):
                 f"{'an answer' if too_long is None else f'conversation {too_long.id} with its answer'} of {self.max_new_tokens} tokens "
                 f"exceeds the {positions(model)} positions of the model: lower --max-new-tokens or leave it out"
             )
+        warn_of_unseen(bounds, range(len(ROLES)))
         config = {
             **state.config, "rule": dict(bounds.rule), "conversations": digest(chats), "events": self.events, "steer": self.steer,
             "factor": self.factor, "base": self.base, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature,

@@ -44,7 +44,7 @@ class Scan(ModelCommand):
         from weightwatch.model_command import positions
         from weightwatch.scanning import scan
         from weightwatch.state import State, digest
-        from weightwatch.verdicts import drift_of, scores_of, verdicts
+        from weightwatch.verdicts import drift_of, scores_of, verdicts, warn_of_unseen
 
         if self.out is not None:
             check_apart(self.out, [self.state, self.data, Path(self.model)])
@@ -56,6 +56,7 @@ class Scan(ModelCommand):
         model, tokenizer = self.load()
         state.require(model)
         chats = [*tokenize(read, tokenizer, max_length=min(self.max_length, positions(model)))]
+        warn_of_unseen(bounds, (role for one in chats for role in {*one.roles.tolist()}))
         config = {
             **state.config,
             "rule": dict(bounds.rule),

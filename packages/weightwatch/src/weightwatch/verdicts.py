@@ -1,6 +1,7 @@
 """What a calibrated monitor says of inputs, as JSON."""
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lmcore.errors import UserError
 from weightwatch.bounds import Bounds, Scores
 from weightwatch.calibration import Calibration
+from weightwatch.conversations import ROLES
 from weightwatch.drift import Drift
 from weightwatch.events import events_of
 from weightwatch.recording import Peaks
@@ -36,6 +38,17 @@ def verdicts(
         {"id": name, "flagged": flag, "score": score, "p_value": p, "exceeded": len(some), "events": some[:most]}
         for name, flag, (score, p), some in zip(ids, flags, numbers, events, strict=True)
     ]
+
+
+def warn_of_unseen(bounds: Bounds, roles: Iterable[int]) -> None:
+    """Warn of roles among `roles`, numbers, that calibration never saw: every input with such a token is flagged."""
+    for role in sorted({*roles}):
+        if (bounds.low[role] > bounds.high[role]).any():
+            warnings.warn(
+                f"no input of the calibration has tokens of the {ROLES[role]}, so all that have are flagged: "
+                "calibrate on conversations with both prompt and completion",
+                stacklevel=2,
+            )
 
 
 def scores_of(calibration: Calibration) -> Scores | None:
