@@ -87,9 +87,7 @@ def test_cv_compares_models_by_what_is_held_out_and_goes_on_where_it_was(tmp_pat
 
 def test_select_shows_the_published_gain_beside_the_honest_ones(tmp_path, capsys, monkeypatch):
     published = {"features": ["log_params"], "gain": [0.2, 0.1, 0.3, 0.95], "naive_p": 0.001, "corrected_p": 0.2}
-    monkeypatch.setattr(
-        "scaling_meta.select_command._published", lambda table, y: published
-    )  # takes minutes; see test_selection
+    monkeypatch.setattr("scaling_meta.select_command._published", lambda *_: published)  # takes minutes; see test_selection
     out = tmp_path / "select"
     args = (
         "select",

@@ -97,7 +97,7 @@ class Select(TaskCommand):
         if self.halves:
             parts["stability"] = partial(stability, table, y, search, self.halves, seed=self.seed)
         if self.as_published:
-            parts["published"] = partial(_published, table, y)
+            parts["published"] = partial(_published, f"{task} published", table, y)
         found: dict[str, Any] = {"task": task, "models": len(table)}
         for part, make in parts.items():
             path = self.out / f"{task}-{part}.json"
@@ -140,12 +140,15 @@ def _honest(
     } | ({"corrected_p": gain.corrected.p} if gain.corrected else {})  # fmt: skip
 
 
-def _published(table: "Table", y: "np.ndarray") -> dict[str, Any]:
+def _published(label: str, table: "Table", y: "np.ndarray") -> dict[str, Any]:
     """The paper's selection and test."""
+    from tqdm import tqdm
+
     from scaling_meta.optimism import published_gain
     from scaling_meta.selection import PUBLISHED, select
 
-    selection = select(table, y, PUBLISHED)
+    with tqdm(desc=label, unit=" sets of features", disable=None) as bar:
+        selection = select(table, y, PUBLISHED, judged=bar.update)
     gain = published_gain(table, y, selection)
     return {
         "features": list(selection.features), "steps": [asdict(step) for step in selection.steps],

@@ -100,16 +100,22 @@ def forward(
 
 
 def select(
-    table: Table, y: Float64[np.ndarray, " models"], search: Search, start: FeatureSet = SCALING, candidates: Sequence[str] = ()
+    table: Table,
+    y: Float64[np.ndarray, " models"],
+    search: Search,
+    start: FeatureSet = SCALING,
+    candidates: Sequence[str] = (),
+    judged: Callable[[int], object] = lambda sets: None,
 ) -> Selection:
     """Forward selection on all rows of the table, among `candidates` (default: all its features). With `PUBLISHED`, the paper's.
 
-    The error of the last step is optimistic: it was the lowest of many. For an honest one see `select_nested`.
+    The error of the last step is optimistic: it was the lowest of many. For an honest one see `select_nested`. `judged` is called with how
+    many sets of features were judged since the last call.
     """
     bins = binned(table.values)
 
     def errors(sets: Sequence[FeatureSet]) -> Float64[np.ndarray, " sets"]:
-        return nested_errors(table, y, sets, search, bins).mean((1, 2))
+        return nested_errors(table, y, sets, search, bins, judged).mean((1, 2))
 
     return forward(errors, candidates or table.features, start, search.tolerance)
 
@@ -170,20 +176,28 @@ def stability(
 
 
 def nested_errors(
-    table: Table, y: Float64[np.ndarray, " models"], sets: Sequence[FeatureSet], search: Search, bins: Bins | None = None
+    table: Table,
+    y: Float64[np.ndarray, " models"],
+    sets: Sequence[FeatureSet],
+    search: Search,
+    bins: Bins | None = None,
+    judged: Callable[[int], object] = lambda sets: None,
 ) -> Float64[np.ndarray, "sets seeds folds"]:
     """The mean absolute error of each set of features on each test fold of each seed, its setting chosen in the training fold.
 
     All forests of a block of sets are fitted together by `held_out_errors`, those of fewer trees as prefixes of those of more. With
     `PUBLISHED` these are the errors of scikit-learn's GridSearchCV of xgboost, as the paper's code runs it.
-    `bins`: of the table's values, if they are known already. Raises: `UserError` if there are fewer models than folds.
+    `bins`: of the table's values, if they are known already; `judged`: as in `select`. Raises: `UserError` if there are fewer models than folds.
     """
     bins = bins or binned(table.values)
     divisions = [division for seed in range(search.seeds) for division in _divisions(table, search, seed)]
     inner = len(divisions[0].inner) * len({(depth, rate) for depth, rate, _ in search.grid})
     block = max(1, _FITS // (len(divisions) * max(inner, 1)))
     columns = np.array([[name in one for name in table.features] for one in sets])
-    found = [_errors(bins, y, columns[i : i + block], divisions, search.grid) for i in range(0, len(sets), block)]
+    found = []
+    for some in np.split(columns, range(block, len(sets), block)):
+        found.append(_errors(bins, y, some, divisions, search.grid))
+        judged(len(some))
     return np.concatenate(found).reshape(len(sets), search.seeds, search.folds)
 
 

@@ -232,7 +232,10 @@ class Directions:
             if one.layer in kept and count:
                 watched.setdefault(one.layer, []).extend((one, i) for i in range(count))
         if not watched:
-            raise UserError(f"the first {len(kept)} of {len(self.blocks)} blocks have no direction above the noise edge")
+            raise UserError(
+                f"the first {len(kept)} of {len(self.blocks)} blocks have no direction above the noise edge: nothing to watch, unless "
+                f"the last {drop_last} have one (drop_last=0, --drop-last 0)"
+            )
         vectors = torch.zeros(len(watched), max(map(len, watched.values())), self.hidden_size)
         for place, rows in zip(vectors, watched.values(), strict=True):
             place[: len(rows)] = torch.stack([one.vectors[i] for one, i in rows])
