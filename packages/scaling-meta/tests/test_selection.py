@@ -27,14 +27,14 @@ def test_the_published_errors_are_those_of_grid_search_of_xgboost():
     grid = {"max_depth": [2, 3, 5], "learning_rate": [0.01, 0.1, 0.3], "n_estimators": [50, 100]}
     assert len(GRID) == 18
     data, known = some.select(features).values, []
-    for train, test in [*KFold(3, shuffle=True, random_state=0).split(data)][:2]:
+    for train, test in [*KFold(3, shuffle=True, random_state=0).split(data)][:1]:
         train, _ = train_test_split(train, test_size=0.2, random_state=0)
         inner = KFold(3, shuffle=True, random_state=0)
         search = GridSearchCV(XGBRegressor(n_jobs=1), grid, cv=inner, scoring="neg_mean_absolute_error").fit(
             data[train], y[train]
         )
         known.append(np.abs(search.predict(data[test]) - y[test]).mean())
-    assert found[0, 0, :2] == pytest.approx(known, abs=1e-5)
+    assert found[0, 0, :1] == pytest.approx(known, abs=1e-5)
 
 
 def test_all_sets_are_fitted_as_each_alone():

@@ -187,7 +187,8 @@ def nested_errors(
 
     All forests of a block of sets are fitted together by `held_out_errors`, those of fewer trees as prefixes of those of more. With
     `PUBLISHED` these are the errors of scikit-learn's GridSearchCV of xgboost, as the paper's code runs it.
-    `bins`: of the table's values, if they are known already; `judged`: as in `select`. Raises: `UserError` if there are fewer models than folds.
+    `bins`: of the table's values, if they are known already; `judged`: as in `select`.
+    Raises: `UserError` if there are fewer models than folds.
     """
     bins = bins or binned(table.values)
     divisions = [division for seed in range(search.seeds) for division in _divisions(table, search, seed)]

@@ -294,8 +294,8 @@ def _made(writer: Writer, found: SingularVectors, *rest: Any) -> WriterDirection
 def _in_threads(work: Callable[[int], T], count: int, progress: bool) -> list[T]:
     """`work` of 0 to count - 1, each on one thread of its own: what torch shares out among threads adds up in another order."""
     threads = torch.get_num_threads()
-    # The C library takes the largest block ever freed (up to 32 MB) for the size from which on it returns memory: without this, that of each
-    # matrix would be mapped and cleared anew, for which threads wait for each other.
+    # The C library takes the largest block ever freed (up to 32 MB) for the size from which on it returns memory: without this, that of
+    # each matrix would be mapped and cleared anew, for which threads wait for each other.
     torch.empty(31 << 20, dtype=torch.uint8)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

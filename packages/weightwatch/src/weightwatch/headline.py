@@ -83,7 +83,9 @@ def headline(out: Path, *, scale: str, seed: int) -> list[Claim]:
         torch.set_num_threads(before)
     judged = claims(found)
     write_page(out / "index.html", judged, found)
-    run.finish({"scale": scale, "seeds": seeds, "parts": options, "claims": [asdict(claim) for claim in judged], "found": found})
+    run.finish(
+        {"scale": scale, "seeds": seeds, "parts": options, "claims": [asdict(claim) for claim in judged], "found": found}
+    )
     return judged
 
 

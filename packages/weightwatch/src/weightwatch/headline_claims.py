@@ -37,7 +37,9 @@ def _planted(runs: Runs) -> list[Claim]:
     if not runs:
         return [_left_out("planted", recovered), _left_out("one-over-n", falls)]
     least = min(cosine for one in runs for cosine in one["cosines"].values())
-    slopes = [one["alarms"]["slope"] for one in runs if one["alarms"]["slope"] is not None] or [0.0]  # none where no alarm was false
+    slopes = [one["alarms"]["slope"] for one in runs if one["alarms"]["slope"] is not None] or [
+        0.0
+    ]  # none where no alarm was false
     slope = fmean(slopes)
     return [
         Claim(
