@@ -119,12 +119,14 @@ def test_frequencies_count_selections():
     assert frequencies([some, none], ["b", "a", "c"]) == {"b": 0.5, "a": 0.5, "c": 0.0}
 
 
-def test_folds_of_families_need_families():
+def test_what_cannot_be_searched_is_refused():
     some = table(families=2)
     with pytest.raises(UserError, match="10 models of 2 families cannot be divided into 3 folds"):
         select(some, scale_score(some), replace(FAST, by_family=True))
     with pytest.raises(UserError, match="2 models with a score cannot be divided into 3 folds"):
         select(some.rows(np.arange(2)), np.zeros(2), FAST)
+    with pytest.raises(UserError, match="the table has no feature log_tokens"):
+        select(some.select(["log_params", "share_code"]), scale_score(some), FAST)
 
 
 def test_folds_of_families_hold_families_out():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from scaling_meta.table import Table
 
 SPLITS = ("random", "family", "compute")
+_SHUFFLES = 3  # into random folds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,10 @@ class Select(TaskCommand):
         from scaling_meta.splits import SPLITS as MAKERS
 
         table, y, _ = self.load(task)
+        seeds = range(self.seed, self.seed + _SHUFFLES)
         search = Search(seeds=self.search_seeds, by_family=self.inner == "family")
         parts: dict[str, Callable[[], Any]] = {
-            name: partial(_honest, f"{task} {name}", table, y, MAKERS[name](table, (self.seed,)), search, self.seed)
-            for name in SPLITS
+            name: partial(_honest, f"{task} {name}", table, y, MAKERS[name](table, seeds), search, self.seed) for name in SPLITS
         }
         if self.halves:
             parts["stability"] = partial(stability, table, y, search, self.halves, seed=self.seed)

@@ -190,6 +190,8 @@ def nested_errors(
     `bins`: of the table's values, if they are known already; `judged`: as in `select`.
     Raises: `UserError` if there are fewer models than folds.
     """
+    for one in sets:
+        table.select(one)
     bins = bins or binned(table.values)
     divisions = [division for seed in range(search.seeds) for division in _divisions(table, search, seed)]
     inner = len(divisions[0].inner) * len({(depth, rate) for depth, rate, _ in search.grid})

@@ -72,7 +72,7 @@ def edge_of_rest(rows: Tensor, columns: Tensor, found: SingularVectors) -> float
     is left, which is what float32 vectors can tell: the edge of the rest is exact down to a thousandth of that of the whole.
     """
     edge, beyond = edge_of_sums(rows, columns), 0
-    energies = [(side.double() * found.values[:, None]).square() for side in (found.left, found.right)]
+    energies = [(side * found.values.float()[:, None]).square() for side in (found.left, found.right)]
     while (count := int((found.values > edge).sum())) > beyond:
         rest = [
             torch.maximum(whole - energy[:count].sum(0), 1e-6 * whole)
