@@ -54,7 +54,7 @@ def directions_of_smollm2(post: Path) -> dict[str, Any]:
 
     found = Directions.of(smollm2_folder(), post, K)  # compiled code and file caches are warm from here on
     ours, theirs, least = [], [], 1.0
-    for repeat in range(3):
+    for repeat in range(7):
         ours.append(seconds_of(lambda: Directions.of(smollm2_folder(), post, K)))
         seconds = 0.0
         with Pair.open(smollm2_folder(), post) as pair:

@@ -1,1 +1,21 @@
-__all__: list[str] = []
+from .boosting import Boosted as Boosted
+from .conformal import Calibrated as Calibrated
+from .crossval import CrossValidation as CrossValidation
+from .crossval import cross_validate as cross_validate
+from .database import Database as Database
+from .matched import matched_pairs as matched_pairs
+from .next_model import next_models as next_models
+from .optimism import honest_gain as honest_gain
+from .optimism import published_gain as published_gain
+from .regressors import regressor as regressor
+from .selection import Search as Search
+from .selection import select as select
+from .selection import select_nested as select_nested
+from .selection import stability as stability
+from .shap import Attribution as Attribution
+from .shap import explain as explain
+from .splits import Split as Split
+from .support import Support as Support
+from .table import Table as Table
+from .text_features import text_features as text_features
+from .whatif import what_if as what_if
